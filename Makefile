@@ -1,0 +1,38 @@
+# make         prepare data, train a small Amber, evaluate it: minutes on a laptop CPU, no downloads
+#              but the packages. Again: goes on where it was, or says that it is finished.
+# make test    the tests
+# make bench   speed against other code, as ratios
+# make clean   remove data/ and runs/
+CONFIG ?= configs/amber_tiny.py
+PYTHON ?= python3
+PY = .venv/bin/python
+
+run: .venv/run.installed
+	@$(PY) prepare_data.py $(CONFIG)
+	@$(PY) train.py $(CONFIG)
+	@$(PY) eval.py $(CONFIG)
+
+test: .venv/dev.installed
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest -n 2
+
+bench: .venv/dev.installed
+	@$(PY) tests/bench_cpu.py
+
+.venv/run.installed: requirements.txt
+.venv/dev.installed: requirements-dev.txt requirements.txt
+.venv/%.installed: | .venv/bin/python
+	@echo "Installing $< into .venv (a minute or two) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) must be Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf data runs
+
+.PHONY: run test bench clean
+.DELETE_ON_ERROR:

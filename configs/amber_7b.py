@@ -1,0 +1,13 @@
+# Amber 7B exactly (LLM360, 2023): 6,738,415,616 parameters, 1.26T tokens, 360 checkpoints.
+# Every model and optimizer setting is the default of configs/__init__.py; what is written here is
+# what a person should see: torchrun train.py configs/amber_7b.py
+tokenized = "data/AmberDatasets/train/train_*.jsonl"  # LLM360's released chunks, already tokenized
+tokenizer = "llama:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
+rows_per_chunk = 1_706_976  # 762 steps of 2240 rows; 96 rows are left over
+n_chunks = 360
+seq_len = 2048
+global_batch_size = 2240  # rows = 4,587,520 tokens
+micro_batch_size = 10  # rows per GPU on 224 GPUs
+learning_rate = 3e-4
+min_learning_rate = 3e-5
+warmup_steps = 2000

@@ -1,0 +1,136 @@
+"""The head: logits, softmax and cross-entropy, a chunk of rows at a time.
+
+    z = x Wᵀ      loss = logsumexp(z) - z[target]      dz = softmax(z) - onehot(target)
+    dx = dz W / N      dW = dzᵀ x / N                  for the mean loss of N rows
+
+Logits are the largest tensor of a language model: 8192 tokens times 32,000 words are 0.5 GB in bf16
+and three times that again for an fp32 copy and its gradient. So a chunk of logits is made, turned
+into dz in place, used for dx and dW while it is there, and forgotten: the gradient is complete when
+the forward pass ends, and the backward pass only scales it. As in Liger Kernel (arXiv 2410.10989,
+section 3.2). The three matrix products belong to cuBLAS; the kernel is what lies between them: one
+program per row reads it twice (the second time from L2) and writes it once.
+
+    x  (N, H)        weight  (V, H)        targets  (N,) int64 in [0, V)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.lang import tl, triton
+
+# Columns per step of the kernel: 16 per thread of 8 warps.
+BLOCK = 4096
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with all logits at once, in fp32 at least."""
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(x.dtype, torch.float32))
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.mean(), losses.detach()
+
+
+@triton.jit
+def _softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z = logits + row * V
+    target = tl.load(targets + row)
+    # A target outside the vocabulary becomes a NaN loss, not a read outside the tensor.
+    known = (target >= 0) & (target < V)
+    z_target = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
+    peak = float("-inf")
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        part = tl.load(z + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+        new_peak = tl.maximum(peak, tl.max(part, 0))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(part - new_peak), 0)
+        peak = new_peak
+    lse = peak + tl.log(total)
+    tl.store(losses + row, lse - z_target)
+    if GRADIENT:
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            part = tl.load(z + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+            dz = tl.exp(part - lse) - tl.where(cols == target, 1.0, 0.0)
+            tl.store(z + cols, dz.to(logits.dtype.element_ty), mask=cols < V)
+
+
+@torch.library.custom_op("kernels::cross_entropy_", mutates_args={"logits"})
+def _softmax_triton(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """-> the loss of each row; with `gradient`, logits become softmax - onehot in place."""
+    rows, V = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    _softmax_kernel[(rows,)](
+        logits, targets, losses, V, GRADIENT=gradient, BLOCK=BLOCK, num_warps=8)
+    return losses
+
+
+@_softmax_triton.register_fake
+def _(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _softmax_torch(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    log_p_target = log_p.gather(1, targets[:, None])
+    if gradient:
+        logits.copy_(log_p.exp_().scatter_(1, targets[:, None], log_p_target.expm1()))
+    return -log_p_target.squeeze(1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, fused: bool,
+                gradient: bool) -> tuple[Tensor, Tensor]:
+        softmax = torch.ops.kernels.cross_entropy_ if fused else _softmax_torch
+        want_x, want_weight = (gradient and want for want in ctx.needs_input_grad[:2])
+        losses, dx, dw = [], [], None
+        for x_rows, target_rows in zip(x.split(chunk_rows), targets.split(chunk_rows)):
+            z = x_rows @ weight.t()
+            losses.append(softmax(z, target_rows, want_x or want_weight))
+            if want_x:
+                dx.append(z @ weight)
+            if want_weight:
+                # Each product is summed in fp32 inside the GEMM; so is the sum over chunks.
+                part = z.t() @ x_rows
+                dw = part if dw is None else dw.float().add_(part)
+        losses = torch.cat(losses)
+        # Not yet divided by N: softmax - onehot fills fp16's range, a mean's share of it would not.
+        ctx.save_for_backward(torch.cat(dx) if dx else None,
+                              None if dw is None else dw.to(weight.dtype))
+        ctx.rows = len(losses)
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        share = dloss / ctx.rows
+        return *(None if grad is None else grad * share for grad in ctx.saved_tensors), *(None,) * 4
+
+
+def _chunked(x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, fused: bool
+             ) -> tuple[Tensor, Tensor]:
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk_rows, fused, torch.is_grad_enabled())
+
+
+def linear_cross_entropy_torch(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with PyTorch's softmax between the products."""
+    # On a CPU 256 rows of a few thousand logits stay in its cache; on a GPU 2048 rows of 32,000
+    # fp32 logits are 0.25 GB.
+    return _chunked(x, weight, targets, chunk_rows or (2048 if x.is_cuda else 256), False)
+
+
+def linear_cross_entropy_triton(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with the kernel above between the products."""
+    # The fp32 sum of dW weighs as much as the bf16 logits of 2H rows, 8192 for the 7B: smaller
+    # chunks would save little memory, and each one more passes over that sum.
+    return _chunked(x, weight, targets, chunk_rows or 8192, True)

@@ -1,0 +1,212 @@
+"""RMSNorm, and the residual addition in front of it, forward and backward.
+
+    rstd = 1 / sqrt(mean(x²) + eps)      x̂ = x rstd      y = x̂ w          (arXiv 1910.07467, eq. 4)
+
+    g = dy w        dx = rstd (g - x̂ mean(g x̂))           dw = sum over rows of dy x̂
+
+Nothing here computes much: a row of 4096 bf16 is read and written once, and the time is the bytes
+moved. Forward: one program per row, the row in registers, statistics in fp32, one rounding at the
+end. Fused with the addition x + residual, which the block would otherwise write and read again.
+Backward: a fixed number of programs share the rows; each keeps its own sum for dw in registers and
+writes it once, and the partial sums are added in a fixed order: no atomics, the same bits in every
+run.
+
+    x  (..., N)        weight  (N,)        rstd  one fp32 per row
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.lang import tl, triton
+
+# Programs of the backward. A constant and not the GPU's SM count, because each program adds up its
+# own rows of dw: another count is another order of additions and other bits. 264 is two programs
+# for each of the 132 SMs of an H100 or H200, what fits at 4096 columns; other GPUs run it too.
+PROGRAMS = 264
+MAX_COLUMNS = 16384
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` written as its formula; autograd keeps fp32 copies of x for it."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd * weight).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` written as its formula."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+@triton.jit
+def _forward_kernel(x, residual, weight, y, total, rstd, N, eps,
+                    ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < N
+    x_row = tl.load(x + row * N + cols, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x_row += tl.load(residual + row * N + cols, mask=inside, other=0.0).to(tl.float32)
+        # Normalize the sum as it is stored, rounded: the backward will read that one.
+        rounded = x_row.to(total.dtype.element_ty)
+        tl.store(total + row * N + cols, rounded, mask=inside)
+        x_row = rounded.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x_row * x_row, 0) / N + eps)
+    tl.store(rstd + row, r)
+    w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * N + cols, (x_row * r * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(dy, dtotal, x, weight, rstd, dx, dw, rows, N,
+                     ADD: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < N
+    w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    dw_sum = tl.zeros([BLOCK], tl.float32)
+    # Neighbouring programs take neighbouring rows, and num_stages fetches the rows to come.
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
+        at = tl.cast(row, tl.int64) * N + cols
+        x_hat = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
+        dy_row = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        dw_sum += dy_row * x_hat
+        g = dy_row * w
+        dx_row = (g - x_hat * (tl.sum(g * x_hat, 0) / N)) * tl.load(rstd + row)
+        if ADD:
+            dx_row += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, dx_row.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dw + program.to(tl.int64) * N + cols, dw_sum, mask=inside)
+
+
+def row_launch(N: int) -> dict[str, int]:
+    """The block that holds a row of N, and 16 elements of it per thread."""
+    block = triton.next_power_of_2(N)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+@torch.library.custom_op("kernels::rms_norm", mutates_args=())
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, x + residual (empty without a residual), rstd."""
+    x = x.contiguous()
+    N = x.shape[-1]
+    rows = x.numel() // N
+    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    add = residual is not None
+    residual = residual.contiguous() if add else x
+    total = torch.empty_like(x) if add else x.new_empty(0)
+    _forward_kernel[(rows,)](x, residual, weight, y, total, rstd, N, eps, ADD=add, **row_launch(N))
+    return y, total, rstd
+
+
+@_forward.register_fake
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+      ) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@torch.library.custom_op("kernels::rms_norm_backward", mutates_args=())
+def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+              ) -> tuple[Tensor, Tensor]:
+    """-> the gradient of x (and of the residual: the same), the gradient of weight."""
+    dy, x = dy.contiguous(), x.contiguous()
+    N = x.shape[-1]
+    rows = x.numel() // N
+    programs = min(rows, PROGRAMS)
+    dx, dw = torch.empty_like(x), x.new_empty(programs, N, dtype=torch.float32)
+    add = dtotal is not None
+    _backward_kernel[(programs,)](dy, dtotal.contiguous() if add else dy, x, weight, rstd, dx, dw,
+                                  rows, N, ADD=add, **row_launch(N))
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+      ) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, _, rstd = torch.ops.kernels.rms_norm(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = torch.ops.kernels.rms_norm_backward(dy, None, *ctx.saved_tensors)
+        return dx, dw, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+                ) -> tuple[Tensor, Tensor]:
+        y, total, rstd = torch.ops.kernels.rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = torch.ops.kernels.rms_norm_backward(dy, dtotal, *ctx.saved_tensors)
+        return dx, dx, dw, None
+
+
+class _RMSNormTorch(torch.autograd.Function):
+    """The same formulas in few PyTorch passes, saving only x and rstd: what a CPU trains with."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        x_hat, dy = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype)
+        dy_x_hat = dy * x_hat
+        # mean(g x̂) = (dy x̂) · w / N: a matrix-vector product instead of another pass
+        mean = (dy_x_hat @ weight.to(rstd.dtype)).unsqueeze(-1).div_(x.shape[-1])
+        dx = (dy * weight).addcmul_(x_hat, mean, value=-1).mul_(rstd)
+        return dx.to(x.dtype), dy_x_hat.flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+def unsupported(x: Tensor) -> str:
+    """Why the Triton kernels cannot take these rows, or ""."""
+    if x.shape[-1] > MAX_COLUMNS:
+        return f"a norm in Triton has rows of at most {MAX_COLUMNS}, not {x.shape[-1]}"
+    return ""
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in PyTorch with its own backward; differentiable once."""
+    return _RMSNormTorch.apply(x, weight, eps)
+
+
+def add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` in PyTorch with its own backward; differentiable once."""
+    total = x + residual
+    return _RMSNormTorch.apply(total, weight, eps), total
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by the kernels above."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` by the kernels above."""
+    return _AddRMSNorm.apply(x, residual, weight, eps)

@@ -1,0 +1,239 @@
+"""Amber's network: LLaMA. Pre-norm blocks, rotary attention, SwiGLU, no biases, untied head.
+
+Parameters have Hugging Face's names and layout, so LLM360's published weights load as they are and
+ours load in transformers. They are float32 always; `dtype` is what the arithmetic is done in: each
+weight is cast where it is used, and the residual stream has that type.
+
+B batch, T positions, S cached + new positions, D hidden, H query heads, K key/value heads,
+h head size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from configs import ModelConfig
+
+
+class Linear(nn.Linear):
+    """x (..., in) -> (..., out), without bias; the float32 weight is cast to x's type."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of every layer for up to `size` positions: two (L, B, size, K, h) tensors."""
+
+    def __init__(self, model: "LLaMA", batch: int, size: int) -> None:
+        c, device = model.config, model.lm_head.weight.device
+        shape = (c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=device) for _ in "kv")
+        self.length = 0  # positions filled
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, T, K, h) to a layer; all of its (B, S, K, h) come back."""
+        end = self.length + k.shape[1]
+        self.k[layer, :, self.length : end], self.v[layer, :, self.length : end] = k, v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (Su et al. 2021) and H / K grouped heads."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = kernels.rope(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(kernels.attention(q, k, v).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """ids (B, T) -> final hidden states (B, T, D)."""
+
+    def __init__(self, c: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = c, dtype
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        cos, sin = rotary_table(self.config, start, ids.shape[1], ids.device)
+        x = self.embed_tokens(ids).to(self.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+
+def rotary_table(c: ModelConfig, start: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, h/2) of positions start ... start + n - 1.
+
+    Computed in float32 at every forward: a stored table would follow the model into bfloat16,
+    where positions beyond 256 are no longer whole numbers (Amber's own runs cast it so).
+    """
+    pairs = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    position = torch.arange(start, start + n, device=device, dtype=torch.float32)
+    angle = torch.outer(position, c.rope_theta ** (-pairs / c.head_dim))
+    return angle.cos(), angle.sin()
+
+
+class LLaMA(nn.Module):
+    """The language model. `config` as in config.json; `dtype`: type of the arithmetic."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.model = Decoder(config, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, seed: int) -> None:
+        """N(0, initializer_range) everywhere, no scaling with depth (Amber's), ones in the norms.
+
+        Every tensor has a stream of its own on the CPU: the values do not depend on the device,
+        nor, in a sharded model, on which tensors a process holds.
+        """
+        for i, parameter in enumerate(self.parameters()):
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                stream = torch.Generator().manual_seed((seed << 16) + i)
+                values = torch.empty(parameter.shape).normal_(generator=stream)
+                parameter.data.copy_(values.mul_(self.config.initializer_range))
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                last: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, T) -> logits (B, T or `last`, V); with targets (B, T) -> (loss, losses (B, T)).
+
+        The loss is the mean of the token losses, in nats and float32; the gradient flows through
+        it alone. The logits of the whole batch never exist at once.
+        """
+        x = self.model(ids, cache)
+        if targets is None:
+            return self.lm_head(x[:, -last:])
+        weight = self.lm_head.weight.to(x.dtype)
+        loss, each = kernels.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return loss, each.view_as(targets)
+
+    @torch.no_grad()
+    def stream(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+               top_k: int = 0, top_p: float = 1.0, eos_id: int | None = None,
+               seed: int = 0) -> Iterator[Tensor]:
+        """Continue prompts of any lengths >= 1: yields (B,) tokens, position by position.
+
+        The first column yielded is that after the shortest prompt; longer prompts yield their own
+        tokens until they end. temperature 0 = greedy. Stops when every row has met `eos_id`, after
+        which a row repeats it. The global random state is not touched.
+        """
+        device = self.lm_head.weight.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        start, end = int(lengths.min()), int(lengths.max()) + max_new_tokens
+        if start == 0:
+            raise ValueError("a prompt must have at least one token")
+        ids = torch.zeros(len(prompts), end, dtype=torch.int64, device=device)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        random = torch.Generator(device).manual_seed(seed)
+        cache, fed = KVCache(self, len(prompts), end), 0
+        for position in range(start, end):
+            logits = self(ids[:, fed:position], cache=cache, last=1)[:, 0].float()
+            fed = position
+            token = sample(logits, temperature, top_k, top_p, random)
+            if eos_id is not None:
+                token = token.masked_fill(done, eos_id)
+            token = torch.where(position < lengths, ids[:, position], token)
+            ids[:, position] = token
+            yield token
+            if eos_id is not None:
+                done |= (token == eos_id) & (position >= lengths)
+            if (done | (position + 1 >= lengths + max_new_tokens)).all():
+                return
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
+                 **sampling: float) -> list[list[int]]:
+        """The continuations alone, one list per prompt, each up to and with its first `eos_id`."""
+        columns = list(self.stream(prompts, max_new_tokens, eos_id=eos_id, **sampling))
+        shortest = min(len(p) for p in prompts)
+        texts = []
+        for row, prompt in enumerate(prompts):
+            text = [int(c[row]) for c in columns][len(prompt) - shortest :][:max_new_tokens]
+            texts.append(text[: text.index(eos_id) + 1] if eos_id in text else text)
+        return texts
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           random: torch.Generator) -> Tensor:
+    """One token per row of logits (B, V): the best at temperature 0, else drawn from the best.
+
+    top_k > 0 keeps the k most likely; top_p < 1 the fewest whose probabilities reach p together
+    (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, order = (logits / temperature).sort(-1, descending=True)
+    probabilities = values.softmax(-1)
+    if top_k > 0:
+        probabilities[:, top_k:] = 0
+    before = probabilities.cumsum(-1) - probabilities  # mass of the better ones
+    probabilities[before >= top_p] = 0
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=random))[:, 0]

@@ -1,0 +1,134 @@
+"""The network against transformers' LLaMA, its counts, and generation with a cache."""
+
+import pytest
+import torch
+
+from configs import ModelConfig, load
+from model import LLaMA, sample
+
+SMALL = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def small(**changes: object) -> LLaMA:
+    net = LLaMA(ModelConfig(**{**SMALL, **changes}))
+    net.init_weights(1)
+    with torch.no_grad():  # norms of all ones would hide a swapped or forgotten one
+        for i, p in enumerate(net.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    return net
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
+def test_same_logits_loss_and_greedy_text_as_transformers(changes: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = small(**changes)
+    c = ours.config
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
+    theirs.load_state_dict(ours.state_dict())  # strict: the names are Hugging Face's
+    x = ids(2, 33)
+    expected = theirs(input_ids=x[:, :-1]).logits
+    torch.testing.assert_close(ours(x[:, :-1]), expected, rtol=1e-4, atol=1e-5)
+    loss, each = ours(x[:, :-1], x[:, 1:])
+    flat = torch.nn.functional.cross_entropy(expected.flatten(0, 1), x[:, 1:].flatten(),
+                                             reduction="none")
+    torch.testing.assert_close(each.flatten(), flat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, flat.mean(), rtol=1e-5, atol=1e-6)
+    text = ours.generate(x[:, :8].tolist(), 20)
+    generated = theirs.generate(x[:, :8], max_new_tokens=20, do_sample=False, use_cache=True)
+    assert text == generated[:, 8:].tolist()
+
+
+def test_gradients_are_those_of_the_plain_loss() -> None:
+    net, x = small(), ids(2, 17)
+    net(x[:, :-1], x[:, 1:])[0].backward()
+    got = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    logits = net(x[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()).backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name, count", [("amber_7b", 6_738_415_616), ("amber_1b", 1_345_423_360),
+                                         ("amber_125m", 134_105_856), ("amber_tiny", 1_852_544)])
+def test_parameter_count(name: str, count: int) -> None:
+    config, _ = load([f"configs/{name}.py"])
+    with torch.device("meta"):
+        net = LLaMA(config)
+    assert sum(p.numel() for p in net.parameters()) == config.n_params == count
+
+
+def test_tied_and_grouped_parameter_counts() -> None:
+    for changes in ({"num_key_value_heads": 2}, {"tie_word_embeddings": True}):
+        net = small(**changes)
+        assert sum(p.numel() for p in net.parameters()) == net.config.n_params
+
+
+def test_flops_per_token_are_what_pytorch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    net, seq_len = small(), 32
+    counter, x = FlopCounterMode(display=False), ids(1, seq_len + 1)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the counter does not know the CPU's flash kernel
+        net(x[:, :-1], x[:, 1:])[0].backward()
+    assert counter.get_total_flops() == net.config.flops_per_token(seq_len) * seq_len
+
+
+def test_initial_weights_do_not_depend_on_order_or_neighbours() -> None:
+    a, b = LLaMA(ModelConfig(**SMALL)), LLaMA(ModelConfig(**SMALL))
+    a.init_weights(5)
+    torch.manual_seed(99)
+    b.init_weights(5)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    b.init_weights(6)
+    assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
+    assert a.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert a.model.norm.weight.eq(1).all()
+
+
+def test_cached_generation_equals_full_recomputation_for_ragged_prompts() -> None:
+    net = small()
+    prompts = [ids(n, seed=n).tolist() for n in (1, 7, 4)]
+    got = net.generate(prompts, 12)
+    for prompt, text in zip(prompts, got):
+        sequence = list(prompt)
+        for _ in range(12):
+            sequence.append(int(net(torch.tensor([sequence]))[0, -1].argmax()))
+        assert text == sequence[len(prompt):]
+
+
+def test_generation_stops_at_eos_and_keeps_the_random_state() -> None:
+    net, prompt = small(), ids(4).tolist()
+    free = net.generate([prompt], 12)[0]
+    eos = free[5]
+    state = torch.get_rng_state()
+    text = net.generate([prompt, prompt[:2]], 12, eos_id=eos)
+    assert text[0] == free[: free.index(eos) + 1]
+    drawn = net.generate([prompt], 12, temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    assert drawn == net.generate([prompt], 12, temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sampling_draws_from_the_kept_tokens_in_proportion() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    random = torch.Generator().manual_seed(0)
+
+    def shares(**how: float) -> list[float]:
+        rows = sample(logits.expand(20_000, 4), random=random, **how)
+        return (torch.bincount(rows, minlength=4) / 20_000).tolist()
+
+    for top_k, top_p, expected in ((0, 1.0, [.5, .3, .15, .05]), (2, 1.0, [.625, .375, 0, 0]),
+                                   (0, 0.7, [.625, .375, 0, 0])):
+        drawn = shares(temperature=1.0, top_k=top_k, top_p=top_p)
+        assert drawn == pytest.approx(expected, abs=0.015)
+    assert shares(temperature=0, top_k=0, top_p=1.0) == [1, 0, 0, 0]
