@@ -54,12 +54,13 @@ def build(config: Config) -> LLaMA:
 def measure(config: Config, model: LLaMA, paths: list[Path]) -> list[dict[str, Any]]:
     """Every result of eval.jsonl, after appending those of the checkpoints it does not have yet."""
     file = Path(config.run_dir) / "eval.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    results = [json.loads(line) for line in lines if line.endswith("}")]
+    results = train.read_records(file)
     data = train.data_sha256(config.data_dir)
     # A result belongs to the weights and the data, not to a name that may be trained anew.
     key = {path: {"manifest": train.sha256(path / "manifest.json"), "data": data} for path in paths}
     todo = [path for path in paths if not any(r["of"] == key[path] for r in results)]
+    if todo:
+        train.write_records(file, results)
     for path in tqdm(todo, desc="evaluating", unit="checkpoint", disable=None):
         if problem := train.problem_of(path, ("model",)):
             tqdm.write(f"Skipping {path}: {problem}.")
@@ -86,7 +87,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def report(config: Config, results: list[dict[str, Any]], text: str, file: str) -> str:
     """What a run came to, and what to type next."""
-    records = read_metrics(config.run_dir)
+    records = train.read_records(Path(config.run_dir) / "metrics.jsonl")
     manifest, last = prepare_data.load_manifest(config.data_dir), results[-1]
     rows = {"run": f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
                    f" {last['tokens']:,} tokens, {config.n_params:,} parameters",
@@ -106,13 +107,6 @@ Next:
   python train.py {file} --learning_rate=1e-3 --run_dir=runs/lower_rate  # a first ablation"""
 
 
-def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line that a kill cut short is left out."""
-    file = Path(run_dir) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def draw(run_dir: str, results: list[dict[str, Any]]) -> Path | None:
     """Training loss and held-out bits per byte over tokens, if matplotlib is installed."""
     try:
@@ -121,7 +115,8 @@ def draw(run_dir: str, results: list[dict[str, Any]]) -> Path | None:
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    records, path = read_metrics(run_dir), Path(run_dir) / "curves.png"
+    records = train.read_records(Path(run_dir) / "metrics.jsonl")
+    path = Path(run_dir) / "curves.png"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     tokens = [r["tokens"] / 1e6 for r in records]
     for name in results[-1]["valid"]:
@@ -149,7 +144,7 @@ def continue_text(config: Config, model: LLaMA, prompt: str, n: int, temperature
     """The prompt and `n` tokens sampled after it."""
     tokenizer = prepare_data.load_tokenizer(config.data_dir)
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
-    new = model.generate([ids], n, eos_id=tokenizer.eos_id, temperature=temperature, top_p=0.95)
+    new = model.generate([ids], n, temperature=temperature, top_p=0.95)  # past a document's end
     return tokenizer.decode(ids + new[0])
 
 

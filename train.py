@@ -262,11 +262,13 @@ def save_checkpoint(run: Run, name: str) -> None:
         tmp.mkdir(parents=True)
         dcp.save(run.model.state_dict(), checkpoint_id=tmp / "model", no_dist=True)
         dcp.save(train_state(run), checkpoint_id=tmp / "train_state", no_dist=True)
-        write_json(tmp / "manifest.json", checkpoint_manifest(run, tmp))
+        manifest = checkpoint_manifest(run, tmp)
+        write_json(tmp / "manifest.json", {**manifest, "sha256": digest(manifest)})
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
         fsync(run.dir)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        # A full disk arrives here in many clothes, from Python, C++ and torch's own wrapper.
         shutil.rmtree(tmp, ignore_errors=True)
         raise SystemExit(f"Could not save {final}: {root_cause(error)}. The checkpoints before it"
                          " are untouched; make room and start the same command again.")
@@ -311,24 +313,25 @@ def drop_old_checkpoints(run: Run) -> None:
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """The finished checkpoints of a run, oldest first; a damaged manifest counts as newest."""
     found = [p.parent for p in Path(run_dir).glob("*/manifest.json") if p.parent.suffix != ".tmp"]
-    return sorted(found, key=lambda p: (read_json(p / "manifest.json").get("step", -1), p.name))
+    steps = {p: read_json(p / "manifest.json").get("step", math.inf) for p in found}
+    return sorted(found, key=lambda p: (steps[p], p.name))
 
 
 def problem_of(checkpoint: Path, need: tuple[str, ...] = ("model", "train_state")) -> str:
     """Why a checkpoint cannot be used, or "": every file under `need` is there and has its hash."""
     manifest = read_json(checkpoint / "manifest.json")
-    if "files" not in manifest:
+    if manifest.pop("sha256", None) != digest(manifest):
         return "manifest.json is missing or damaged"
-    for name, digest in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         if name.split("/")[0] not in need:
             continue
         path = checkpoint / name
         if not path.exists():
             gone = not path.parent.exists()
             return f"{path.parent.name if gone else name} is missing"
-        if sha256(path) != digest:
+        if sha256(path) != expected:
             return f"{name} is damaged (its sha256 is not the one in manifest.json)"
     return ""
 
@@ -347,8 +350,9 @@ def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def resume(run: Run) -> None:
-    """Put the run where its newest usable checkpoint stands, or at the beginning."""
+def resume(run: Run) -> list[str]:
+    """Put the run where its newest usable checkpoint stands; returns what to say of it."""
+    notes: list[str] = []
     c, found = run.config, checkpoints(run.dir)
     if c.resume == "false" and (found or (run.dir / "metrics.jsonl").exists()):
         raise SystemExit(f"{run.dir} already holds a run: delete it, or give another --run_dir.")
@@ -357,20 +361,21 @@ def resume(run: Run) -> None:
     for path in reversed(found if c.resume != "false" else []):
         problem = problem_of(path)
         if not problem:
-            restore(run, path)
-            return
+            return [*notes, restore(run, path)]
         if c.resume == str(path):
             raise SystemExit(f"{path} cannot be resumed: {problem}.")
-        run.log(f"Passing over {path}: {problem}.")
+        notes.append(f"Passing over {path}: {problem}.")
     if c.resume == "true":
         raise SystemExit(f"{run.dir} has no usable checkpoint to resume.")
     if c.init_from:
         source = load_weights(run.model, c.init_from)
         run.started_from = {"path": c.init_from, "step": source["step"], "tokens": source["tokens"],
                             "sha256": sha256(Path(c.init_from) / "manifest.json")}
+        notes.append(f"Weights from {c.init_from}, step {source['step']}.")
+    return notes
 
 
-def restore(run: Run, path: Path) -> None:
+def restore(run: Run, path: Path) -> str:
     """Weights, optimizer, random state and position from a verified checkpoint."""
     c, manifest = run.config, read_json(path / "manifest.json")
     for key in ("global_batch_size", "seq_len", "seed"):
@@ -390,7 +395,7 @@ def restore(run: Run, path: Path) -> None:
     run.step, run.started_from = manifest["step"], manifest["started_from"]
     changed = [f"{k} {v!r} -> {getattr(c, k)!r}" for k, v in manifest["config"].items()
                if getattr(c, k, None) != v and k != "resume"]
-    run.log(f"Resuming {path}, step {run.step}."
+    return (f"Resuming {path}, step {run.step}."
             + (f" Changed: {', '.join(changed)}." if changed else ""))
 
 
@@ -522,6 +527,7 @@ def start(config: Config) -> tuple[Run, int]:
     if total == 0:
         raise SystemExit(f"No chunk of {config.data_dir} has the {config.global_batch_size} rows of"
                          " one step: lower global_batch_size, or prepare more data.")
+    torch.manual_seed(config.seed)  # nothing draws from it today; saved and restored all the same
     with torch.device(device):
         model = LLaMA(config, dtype)
     model.init_weights(config.seed)
@@ -542,18 +548,19 @@ def main(argv: list[str]) -> None:
     run, total = start(config)
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = only_one(run.dir)
-    resume(run)
+    notes = resume(run)
     last = min(total, config.max_steps or total)
     if run.step >= last:
         print(f"{run.dir} is finished: {run.step} steps,"
               f" {run.step * config.tokens_per_step:,} tokens.")
         return
     write_json(run.dir / "config.json", asdict(config))
-    keep_metrics_until(run.dir / "metrics.jsonl", run.step)
+    metrics = run.dir / "metrics.jsonl"  # steps that will be made again are dropped
+    write_records(metrics, [r for r in read_records(metrics) if r["step"] <= run.step])
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), lambda number, _: setattr(
             run, "stop", signal.Signals(number).name))
-    run.log(describe(run, total, backend))
+    run.log("\n".join([*notes, describe(run, total, backend)]))
     train(run, total)
     if run.stop:
         run.log(f"{run.stop}: saved at step {run.step}. To go on: python train.py {' '.join(argv)}")
@@ -579,14 +586,17 @@ def only_one(run_dir: Path) -> Any:
     return lock
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be made again, and one that a kill cut short."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        tmp.replace(path)
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Replace a .jsonl file, so that what is appended next begins on a line of its own."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    tmp.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -605,6 +615,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -621,10 +635,13 @@ def fsync(path: Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost reason: torch wraps "No space left on device" several times."""
-    text = str(error)
-    inner = next((line for line in text.splitlines() if "OSError" in line or "Errno" in line), text)
-    return inner.strip().rstrip(".")
+    """The operating system's reason if there is one under torch's wrappers, in a few words."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    inner: BaseException | None = error
+    while inner and not (isinstance(inner, OSError) and inner.strerror):
+        inner = inner.__cause__ or inner.__context__
+    return inner.strerror if inner else f"{str(error).splitlines()[0]} (is the disk full?)"
 
 
 def device_name(device: torch.device) -> str:

@@ -106,7 +106,7 @@ class Config(ModelConfig):
     # -- train.py: validation, samples, checkpoints
     eval_interval: int = 762  # optimizer steps between validations; 0 = only at checkpoints
     eval_rows: int = 256  # held-out rows per source of one validation
-    sample_prompt: str = "The "  # text continued at every checkpoint
+    sample_prompt: str = "The"  # text continued at every checkpoint
     sample_tokens: int = 48  # tokens of that continuation; 0 = none
     resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" | PATH
     init_from: str = ""  # checkpoint whose weights a new run begins with

@@ -39,6 +39,8 @@ def use(backend: str) -> str:
     Returns the name it comes to on this machine, "triton" or "torch". ValueError for another name,
     RuntimeError when "triton" cannot run here.
     """
+    # Read at every call and not bound once, so that a test or a benchmark can switch back and
+    # forth.
     global _choice
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels must be "auto", "triton" or "torch", not {backend!r}')

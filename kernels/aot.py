@@ -30,7 +30,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 # Bytes of shared memory: of one program at most, and of an SM, which adds 1 KiB to each program's.
 # CUDA C++ programming guide, table "technical specifications per compute capability".
 SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10)}
-REGISTERS, THREADS = 65536, 2048
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # per SM
 
 
 def calls() -> list[tuple[str, Callable]]:
@@ -46,7 +46,8 @@ def calls() -> list[tuple[str, Callable]]:
             found.append((label, lambda q=q, k=k: ops.attention(q, k, k, 1.0)))
             found.append((label, lambda q=q, k=k, lse=lse:
                           ops.attention_backward(q, q, k, k, q, lse, 1.0)))
-    for N in (4096, 128, 16384):
+    # the 7B's rows, a laptop model's, the longest that is taken
+    for N in (4096, 128, 8192):
         x, w, rows = torch.zeros(32, N, dtype=torch.bfloat16), torch.zeros(N), torch.zeros(32)
         for name, r in (("rms_norm", None), ("add_rms_norm", x)):
             found.append((f"{name} N={N}", lambda x=x, r=r, w=w: ops.rms_norm(x, r, w, 1e-5)))
@@ -56,7 +57,8 @@ def calls() -> list[tuple[str, Callable]]:
         found.append((f"layer_norm N={N}", lambda x=x, w=w, rows=rows:
                       ops.layer_norm_backward(x, x, w, rows, rows)))
     y = torch.zeros(32, 11008, dtype=torch.bfloat16)
-    found += [("swiglu", lambda: ops.swiglu(y, y)), ("swiglu", lambda: ops.swiglu_backward(y, y, y))]
+    found.append(("swiglu", lambda: ops.swiglu(y, y)))
+    found.append(("swiglu", lambda: ops.swiglu_backward(y, y, y)))
     q = torch.zeros(2, 16, 32, 128, dtype=torch.bfloat16)
     full, part = torch.zeros(16, 64), torch.zeros(16, 32)
     found.append(("rope R=128", lambda: ops.rope(q, q, full, full, False, 1)))
@@ -68,6 +70,8 @@ def calls() -> list[tuple[str, Callable]]:
 
 def launches(arch: int) -> list[tuple]:
     """(label, kernel, arguments, options) of every launch those calls would make on sm_`arch`."""
+    # The launch of every kernel goes through JITFunction.run; noting instead of running leaves the
+    # outputs uninitialised, which nobody reads.
     noted, label = [], ""
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
@@ -99,6 +103,7 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
+            # Strides and counts that 16 divides let loads be 16 bytes wide; the JIT looks for them
             pointer = isinstance(value, torch.Tensor)
             signature[name] = f"*{TYPES[value.dtype]}" if pointer else "i32"
             if pointer or value % 16 == 0:
@@ -110,6 +115,7 @@ def report(arch: int, label: str, kernel: JITFunction, arguments: dict, options:
     """Compile one launch; registers and bytes per thread, shared memory, programs per SM."""
     made = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32),
                           options=options)
+    # Triton keeps ptxas's report to itself: ask ptxas once more.
     ptx = made.asm["ptx"]
     ptxas = os.environ.get("TRITON_PTXAS_PATH",
                            Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
@@ -124,13 +130,14 @@ def report(arch: int, label: str, kernel: JITFunction, arguments: dict, options:
     shared = made.metadata.shared
     # registers are handed out 8 at a time to each thread
     fit = (REGISTERS // (threads * (math.ceil(registers / 8) * 8)), THREADS // threads,
-           SHARED[arch][1] // (shared + 1024))
+           SHARED[arch][1] // (shared + 1024), PROGRAMS)
     return {
         "arch": f"sm_{arch}", "what": label, "kernel": kernel.__name__.strip("_"),
         "tile": "x".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK")
                          if n in arguments),
         "warps": options.get("num_warps", 4), "stages": options.get("num_stages", 3),
-        "registers": registers, "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        "registers": registers,
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_bytes": shared, "programs_per_sm": min(fit),
         "wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": ptx.count("cp.async.bulk.tensor"),

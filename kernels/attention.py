@@ -45,7 +45,7 @@ HOPPER = {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 2
 OTHER = {"forward": (64, 64, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 64, 8, 2)}
 # fp32 as three tf32 products: each operand is held twice, so smaller tiles.
 # Where queries own the tile, BLOCK_M is a multiple of BLOCK_N: the mask starts at a tile's edge.
-SINGLE = {"forward": (32, 32, 4, 1), "dkdv": (32, 16, 8, 1), "dq": (32, 16, 8, 1)}
+SINGLE = {"forward": (32, 32, 4, 1), "dkdv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)}
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -56,11 +56,15 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     mask = None
     if 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    dtype = q.dtype
+    if q.device.type == "cpu" and T <= 128 and dtype.itemsize == 2:
+        # PyTorch's 16-bit backward takes twice as long as its fp32 one here, and rounds more.
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=T == S, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return o.transpose(1, 2).contiguous()
+    return o.transpose(1, 2).to(dtype).contiguous()
 
 
 # A tile is ROWS consecutive positions of one head of a contiguous (B, T, H, D) tensor. On Hopper it
@@ -135,6 +139,7 @@ def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.con
     for n0 in range(m0, m0 + BLOCK_M, BLOCK_N):
         acc, total, peak = _attend(acc, total, peak, q_tile, k, v, b, h // GROUP, m0, n0,
                                    scale * LOG2E, T, H // GROUP, True, BLOCK_M, BLOCK_N, D, TMA)
+    # The division waits for the end: one per element of o, none per tile.
     _store(o, (acc / total[:, None]).to(q_tile.dtype), b, h, m0, T, H, BLOCK_M, D, TMA)
     rows = m0 + tl.arange(0, BLOCK_M)
     tl.store(lse + (b * H + h) * T + rows, peak + tl.log2(total), mask=rows < T)
@@ -144,6 +149,7 @@ def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.con
 def _delta_kernel(o, do, delta, T, H, D: tl.constexpr, BLOCK_M: tl.constexpr):
     m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     rows = m0 + tl.arange(0, BLOCK_M)
+    # rowsum(dO * O) = rowsum(P * dP): the softmax's correction, from what the forward left behind
     o_tile = _load(o, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     tl.store(delta + (b * H + h) * T + rows, tl.sum(o_tile * do_tile, 1), mask=rows < T)
@@ -200,6 +206,7 @@ def _dq_kernel(q, k, v, do, dq, lse, delta, scale, T, H, GROUP: tl.constexpr, D:
     h, b = tl.program_id(1), tl.program_id(2)
     q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
     do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, TMA)
+    # LSE = inf past T, as in dK/dV
     rows = m0 + tl.arange(0, BLOCK_M)
     lse_row = tl.load(lse + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
     delta_row = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
@@ -231,6 +238,7 @@ def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> 
         return list(tensors)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # The last tile may stick out past T: TMA knows T and drops those rows.
     # Heads before positions, so that a tile is the last two dimensions of its box.
     def describe(x: Tensor, n: int) -> TensorDescriptor:
         B, T, H, D = x.shape
@@ -242,6 +250,7 @@ def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> 
 @torch.library.custom_op("kernels::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> o (B, T, H, D) and the base-2 log-sum-exp of each row, (B, H, T) fp32."""
+    # A copy only for slices of a fused projection; the model's own tensors come contiguous.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     table, tma = _tiles(q)
@@ -254,6 +263,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return o, lse
 
 
+# What torch.compile needs to know of an operation it cannot look into: shapes and dtypes.
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
@@ -263,6 +273,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("kernels::attention_backward", mutates_args=())
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
               ) -> tuple[Tensor, Tensor, Tensor]:
+    # `do` may arrive expanded, as from a sum.
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -299,6 +310,8 @@ def _backward_flops(do_shape, q_shape, k_shape, *args, **kwargs) -> int:
     return _forward_flops(q_shape, k_shape) // 2 * 5
 
 
+# Over the two custom operators and not inside them, so that torch.compile traces the saving of
+# tensors and a checkpointing policy may name the operators.
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

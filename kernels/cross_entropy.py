@@ -41,6 +41,7 @@ def _softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: t
     # A target outside the vocabulary becomes a NaN loss, not a read outside the tensor.
     known = (target >= 0) & (target < V)
     z_target = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
+    # Online softmax, as in attention.py: the sum is rescaled when the maximum grows.
     peak = float("-inf")
     total = 0.0
     for start in range(0, V, BLOCK):
@@ -51,6 +52,7 @@ def _softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: t
         peak = new_peak
     lse = peak + tl.log(total)
     tl.store(losses + row, lse - z_target)
+    # Second walk over the row; it was just read, so it comes from L2.
     if GRADIENT:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -78,6 +80,7 @@ def _softmax_torch(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = torch.log_softmax(logits, -1, dtype=wide)
     log_p_target = log_p.gather(1, targets[:, None])
+    # p - 1 at the target is expm1(log p): exact also where p is close to 1
     if gradient:
         logits.copy_(log_p.exp_().scatter_(1, targets[:, None], log_p_target.expm1()))
     return -log_p_target.squeeze(1)
@@ -91,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want_x, want_weight = (gradient and want for want in ctx.needs_input_grad[:2])
         losses, dx, dw = [], [], None
         for x_rows, target_rows in zip(x.split(chunk_rows), targets.split(chunk_rows)):
+            # (chunk, V), the only logits there ever are; `softmax` turns them into their gradient
             z = x_rows @ weight.t()
             losses.append(softmax(z, target_rows, want_x or want_weight))
             if want_x:
@@ -109,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Out of place: with retain_graph a second backward needs the same sums again.
         share = dloss / ctx.rows
         return *(None if grad is None else grad * share for grad in ctx.saved_tensors), *(None,) * 4
 

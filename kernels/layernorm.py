@@ -34,6 +34,7 @@ def _forward_kernel(x, weight, bias, y, mean, rstd, N, eps, BLOCK: tl.constexpr)
     mu = tl.sum(x_row, 0) / N
     # The row is in registers: the variance is taken about the mean, not as E[x²] - E[x]².
     centered = tl.where(inside, x_row - mu, 0.0)
+    # divided by N and not N - 1, as everywhere in layer normalization
     r = tl.rsqrt(tl.sum(centered * centered, 0) / N + eps)
     tl.store(mean + row, mu)
     tl.store(rstd + row, r)
@@ -48,6 +49,7 @@ def _backward_kernel(dy, x, weight, mean, rstd, dx, dw, db, rows, N, BLOCK: tl.c
     cols = tl.arange(0, BLOCK)
     inside = cols < N
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    # two running sums over this program's rows, one per parameter
     dw_sum = tl.zeros([BLOCK], tl.float32)
     db_sum = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):

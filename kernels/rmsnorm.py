@@ -23,7 +23,8 @@ from kernels.lang import tl, triton
 # own rows of dw: another count is another order of additions and other bits. 264 is two programs
 # for each of the 132 SMs of an H100 or H200, what fits at 4096 columns; other GPUs run it too.
 PROGRAMS = 264
-MAX_COLUMNS = 16384
+# A row lives in one program's registers; the backward spills some at 16384 columns.
+MAX_COLUMNS = 8192
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,6 +46,7 @@ def add_rms_norm_reference(
 def _forward_kernel(x, residual, weight, y, total, rstd, N, eps,
                     ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    # A block is a power of two; columns past N load as zeros and add nothing to the sums.
     cols = tl.arange(0, BLOCK)
     inside = cols < N
     x_row = tl.load(x + row * N + cols, mask=inside, other=0.0).to(tl.float32)
@@ -54,6 +56,7 @@ def _forward_kernel(x, residual, weight, y, total, rstd, N, eps,
         rounded = x_row.to(total.dtype.element_ty)
         tl.store(total + row * N + cols, rounded, mask=inside)
         x_row = rounded.to(tl.float32)
+    # rstd is kept for the backward: 4 bytes a row instead of a second reduction
     r = tl.rsqrt(tl.sum(x_row * x_row, 0) / N + eps)
     tl.store(rstd + row, r)
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
@@ -72,10 +75,12 @@ def _backward_kernel(dy, dtotal, x, weight, rstd, dx, dw, rows, N,
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
         at = tl.cast(row, tl.int64) * N + cols
         x_hat = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
+        # dw belongs to the columns: summed over this program's rows, in registers
         dy_row = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dw_sum += dy_row * x_hat
         g = dy_row * w
         dx_row = (g - x_hat * (tl.sum(g * x_hat, 0) / N)) * tl.load(rstd + row)
+        # The sum went two ways, into this norm and past it: its gradients add.
         if ADD:
             dx_row += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, dx_row.to(dx.dtype.element_ty), mask=inside)
@@ -122,6 +127,7 @@ def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd
     add = dtotal is not None
     _backward_kernel[(programs,)](dy, dtotal.contiguous() if add else dy, x, weight, rstd, dx, dw,
                                   rows, N, ADD=add, **row_launch(N))
+    # (programs, N) -> (N,): PyTorch's sum has a fixed order too
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -155,6 +161,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = torch.ops.kernels.rms_norm_backward(dy, dtotal, *ctx.saved_tensors)
+        # x and residual enter as their sum: one gradient for both
         return dx, dx, dw, None
 
 

@@ -26,6 +26,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         partner = turning.unflatten(-1, (R // 2, 2)).flip(-1).flatten(-2)
     else:
         partner = turning.roll(R // 2, -1)
+    # in fp32, rounded once
     turned = torch.addcmul(turning * cos, partner, sin).to(x.dtype)
     return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
 
@@ -46,6 +47,8 @@ def _turn_heads(x, y, cos, sin, HEADS: tl.constexpr, D: tl.constexpr, R: tl.cons
                 STEP: tl.constexpr, GAP: tl.constexpr,
                 BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr):
     """x, y at the first of HEADS heads of one position; a pair is (STEP i, STEP i + GAP)."""
+    # One address formula for both conventions: half-split has STEP 1 and GAP R/2 (two contiguous
+    # halves), interleaved STEP 2 and GAP 1.
     heads = tl.arange(0, BLOCK_H)[:, None]
     pairs = tl.arange(0, BLOCK_R)[None, :]
     inside = (heads < HEADS) & (pairs < R // 2)
@@ -54,6 +57,7 @@ def _turn_heads(x, y, cos, sin, HEADS: tl.constexpr, D: tl.constexpr, R: tl.cons
     b = tl.load(x + first + GAP, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + first, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
     tl.store(y + first + GAP, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
+    # what does not turn is copied, since the output is a new tensor
     if R < D:
         rest = R + tl.arange(0, BLOCK_REST)[None, :]
         inside = (heads < HEADS) & (rest < D)
@@ -65,6 +69,7 @@ def _rope_kernel(q, k, q_out, k_out, cos, sin, T, H: tl.constexpr, K: tl.constex
                  D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr,
                  SIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
                  BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr):
+    # (B, T) flattened: the table repeats with every sequence
     position = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK_R)
     table = (position % T) * (R // 2) + pairs

@@ -5,8 +5,8 @@
 Every contender trains the same shape on the same ids with AdamW, clipping at 1.0, its best settings
 (bfloat16 autocast where the CPU has it, fused AdamW, the same threads) in a process of its own. The
 processes take turns, so that a machine that slows down slows all of them; the median step of each
-counts. The malloc that keeps its buffers (train.tune_cpu) is part of train.py; "+ our malloc" lends it
-to the others, so that code and allocator can be told apart.
+counts. The malloc that keeps its buffers (train.tune_cpu) is part of train.py; "+ our malloc" lends
+it to the others, so that code and allocator can be told apart.
 """
 
 import argparse
@@ -102,9 +102,10 @@ def worker(a: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for name, default in (("hidden", 128), ("layers", 4), ("heads", 2), ("ffn", 352), ("vocab", 4096),
-                          ("length", 128), ("batch", 16), ("threads", torch.get_num_threads()),
-                          ("steps", 10), ("rounds", 8), ("malloc", 0), ("compile", 0)):
+    for name, default in (("hidden", 128), ("layers", 4), ("heads", 2), ("ffn", 352),
+                          ("vocab", 4096), ("length", 128), ("batch", 16), ("steps", 10),
+                          ("threads", torch.get_num_threads()), ("rounds", 8), ("malloc", 0),
+                          ("compile", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT, to compare with it")
@@ -133,8 +134,9 @@ def main() -> None:
     for p in workers.values():
         p.stdin.close()
         p.wait()
-    print(f"{a.layers} layers, hidden {a.hidden}, {a.heads} heads, MLP {a.ffn}, vocabulary {a.vocab},"
-          f" {a.batch} x {a.length} tokens per step, {a.threads} threads, torch {torch.__version__}"
+    print(f"{a.layers} layers, hidden {a.hidden}, {a.heads} heads, MLP {a.ffn}, vocabulary"
+          f" {a.vocab}, {a.batch} x {a.length} tokens per step, {a.threads} threads, torch"
+          f" {torch.__version__}"
           + (", compiled" if a.compile else ""))
     print(f"{'':32}{'type':>16}{'ms/step':>9}{'tokens/s':>10}{'ours is faster by':>19}")
     for label, times in seconds.items():

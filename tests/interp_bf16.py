@@ -1,0 +1,79 @@
+"""bf16 made right in Triton's interpreter, for tests: `install()` before a kernel runs.
+
+The interpreter keeps bf16 as its 16 bits in uint16. Loads, stores and the cast to fp32 are right;
+its arithmetic, comparisons and dots act on the bits as on integers, and its cast from fp32 cuts off
+where hardware rounds to nearest even (upstream says bf16 is not supported: triton issue 11584).
+Here every such operation goes through fp32 and comes back rounded as a GPU rounds.
+"""
+
+import numpy as np
+
+ARITHMETIC = """
+    create_fadd create_fsub create_fmul create_fdiv create_frem create_precise_divf create_fma
+    create_minimumf create_minnumf create_maximumf create_maxnumf create_clampf create_fabs
+    create_fneg create_exp create_exp2 create_log create_log2 create_sqrt create_rsqrt create_sin
+    create_cos""".split()
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 bits -> fp32: bf16 is the upper half of an fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """fp32 -> bf16 bits, to nearest, ties to even."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def install() -> None:
+    """Patch the interpreter of this process."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def is_bf16(x: object) -> bool:
+        return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16
+
+    def in_fp32(x: object) -> object:
+        return TensorHandle(widen(x.data), tl.float32) if is_bf16(x) else x
+
+    def wrap(name: str, narrow_result: bool) -> None:
+        original = getattr(InterpreterBuilder, name)
+
+        def patched(self, *args, **kwargs):
+            out = original(self, *map(in_fp32, args), **kwargs)
+            if narrow_result and any(map(is_bf16, args)):
+                return TensorHandle(narrow(out.data), tl.bfloat16)
+            return out
+
+        setattr(InterpreterBuilder, name, patched)
+
+    names = dir(InterpreterBuilder)
+    for name in names:
+        if name in ARITHMETIC:
+            wrap(name, narrow_result=True)
+        elif name.startswith("create_fcmp") or name == "create_dot":
+            # comparisons give booleans, and a dot's result has its accumulator's type, fp32
+            wrap(name, narrow_result=False)
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, target):
+        if target.scalar == tl.bfloat16 and not is_bf16(source):
+            return TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        if is_bf16(source) and target.scalar != tl.bfloat16:
+            source = in_fp32(source)
+            return source if target.scalar == tl.float32 else cast(self, source, target)
+        return cast(self, source, target)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    rounding_cast = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, source, target, rounding):
+        if tl.bfloat16 in (source.dtype.scalar, target.scalar):
+            return self.cast_impl(source, target)
+        return rounding_cast(self, source, target, rounding)
+
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

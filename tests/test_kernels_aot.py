@@ -1,0 +1,33 @@
+"""Every launch of kernels/ compiled for Hopper and Ampere by Triton's compiler, with no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10}
+
+
+def test_every_kernel_compiles_well():
+    """No register spilled to memory, no serialized wgmma, and the tensor cores are used."""
+    bench = Path(__file__).parents[1] / "kernels" / "bench.py"
+    # This process may have Triton in interpreting mode, which cannot compile.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, bench, "--aot", "--json"], env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["arch"] for row in rows} == set(SHARED_LIMIT)
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert not row["warnings"], row
+        assert row["shared_bytes"] <= SHARED_LIMIT[row["arch"]], row
+        if row["what"].startswith("attention") and row["kernel"] != "delta_kernel":
+            hopper_unit = row["arch"] == "sm_90" and "fp32" not in row["what"]
+            assert row["wgmma" if hopper_unit else "mma"] > 0, row
+            # One program's softmax is to run under the other's products.
+            assert row["programs_per_sm"] >= (2 if hopper_unit else 1), row
