@@ -141,11 +141,9 @@ class LlamaTokenizer(Tokenizer):
             raise SystemExit(f"{path} is not LLaMA's tokenizer: {wrong}.")
         known = {p.encode(): i for p, i in text.items()}
         chars = [p.encode() for p in text if len(p) == 1 and len(p.encode()) > 1]
-        starts = sorted({c[:n] for c in chars for n in range(2, len(c))}, key=lambda s: (len(s), s))
-        merged = [p.replace("\u2581", " ") for p in order]
-        # runs of spaces share the worst score of all: after every other piece, the longest first
-        merged.sort(key=lambda p: -math.inf if p.strip(" ") else -len(p))
-        ranked = [bytes([b]) for b in range(256)] + starts + chars + [p.encode() for p in merged]
+        starts = sorted({c[:n] for c in chars for n in range(2, len(c))})
+        merged = [p.replace("\u2581", " ").encode() for p in order]
+        ranked = [bytes([b]) for b in range(256)] + starts + chars + merged
         self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={},
                                       mergeable_ranks={p: rank for rank, p in enumerate(ranked)})
         # rank -> one id, or for a beginning of a character the ids of its 2 or 3 bytes
@@ -266,7 +264,8 @@ def read_sentencepiece(path: str) -> Vocabulary:
     if wrong:
         raise SystemExit(f"{path} is not built as LLaMA's tokenizer.model: {wrong}.")
     merged = [p for p, kind in kinds.items() if kind == 1 and len(p) > 1]
-    merged.sort(key=lambda p: -scores[p])
+    # LLaMA's runs of spaces share one score, the worst: there the leftmost merge makes the longest
+    merged.sort(key=lambda p: (-scores[p], -len(p)))
     # kinds 2 and 3, unknown and control: sentencepiece never finds those in a text
     return vocab, merged, [(p, vocab[p], None) for p, kind in kinds.items() if kind in (2, 3)]
 
@@ -522,7 +521,7 @@ PACKAGES = """numpy torch sympy networkx mpmath jinja2 markupsafe fsspec fileloc
 # tests and IDLE are absent from some distributions; the rest is tables, or other people's packages
 SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings",
                 "lib2to3", "pydoc_data", "_vendor", "__pycache__"}
-# these say where and how this very copy was built
+# these, and folders config-*, say where and how this very copy was built
 SKIP_FILES = re.compile("_sysconfig|__config__|version")
 DOCSTRING = re.compile(r':\n\s+[rR]?"""(.+?)"""|add_docstr\([^"]{,200}?[rR]?"""(.+?)"""', re.S)
 GENERATED = re.compile(r"generated (by|from|with|automatically)|auto-?generated|do not edit", re.I)
@@ -582,7 +581,8 @@ def python_files() -> list[tuple[int, Path]]:
     found = []
     for name, root in roots.items():
         for folder, folders, files in os.walk(root):
-            folders[:] = [f for f in folders if f not in SKIP_FOLDERS]
+            folders[:] = [f for f in folders
+                          if f not in SKIP_FOLDERS and not f.startswith("config-")]
             for path in (Path(folder, f) for f in files if f.endswith(".py")):
                 full = f"{name}/{path.relative_to(root).as_posix()}"
                 if not SKIP_FILES.match(path.name):

@@ -548,6 +548,8 @@ def main(argv: list[str]) -> None:
     run, total = start(config)
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = only_one(run.dir)
+    for half in run.dir.glob("*.tmp"):  # a save that a kill cut short
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
     notes = resume(run)
     last = min(total, config.max_steps or total)
     if run.step >= last:

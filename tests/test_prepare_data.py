@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -137,16 +138,10 @@ def test_changed_input_is_pointed_out(tmp_path, sources, capsys):
 
 def test_two_at_once_and_stale_directories(tmp_path, sources):
     stale = tmp_path / "out.00000000.tmp"
-    (stale / "work").mkdir(parents=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'w');"
-         "fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)",
-         str(stale / "work" / "lock")], stdout=subprocess.PIPE)
-    holder.stdout.read(1)
-    assert "another process is preparing" in refused(tmp_path, sources=sources)
-    assert stale.exists()
-    holder.kill()
-    holder.wait()
+    config, _ = pd.load(config_file(tmp_path, sources=sources))
+    with pd.only_one(pd.Plan(config, stale, 0, 1, 1)):
+        assert "another process is preparing" in refused(tmp_path, sources=sources)
+        assert stale.exists()
     prepare(tmp_path, sources=sources)
     assert not stale.exists()
 
@@ -289,11 +284,15 @@ def test_cap_keeps_the_mix(tmp_path, sources):
         assert abs(rows - 50 * share) < 1
         chunks, _ = rows_of(out, manifest, name)
         kept = {tuple(r) for r in np.concatenate(chunks)}
-        assert len(kept) == 4 * rows
+        stream, _ = stream_of(out, texts_of(sources[name]), 17)
+        place = [i for i, r in enumerate(stream) if tuple(r) in kept]
+        # evenly from all of the source
+        assert len(place) == len(kept) == 4 * rows and max(place) > 0.9 * len(stream)
     assert pd.shares([5, 5, 5], 7) == [3, 2, 2] and pd.shares([5, 1], 9) == [5, 1]
 
 
-def test_max_source_bytes_stops_in_file_order(tmp_path, sources):
+def test_max_source_bytes_stops_in_file_order(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(pd, "UNIT_BYTES", 1)
     limit = 9000
     out, manifest = prepare(tmp_path, sources=sources, max_source_bytes=limit, workers=2)
     for about in manifest["sources"]:
@@ -544,8 +543,8 @@ def test_released_settings_that_cannot_work(tmp_path, released):
 
 POOLS = ["abcde ", " \t\n\r", "  \u2581", "éüñßçа б",
          "漢字かな한글", "😀👨\u200d👩👧🏽", "0123456789",
-         "٣४", "\x00\x01\x1f\x7f", "!?.,;:-_=+*/\\'\"()[]{}<>", "\u2028\u2029\u00a0\u3000\ufffd",
-         "ابتث", "हिन्दी", "\u0301\u0300\u20dd", "the of and ing tion"]
+         "٣४", "\x00\x01\x1f\x7f", "!?.,;:-_=+*/\\'\"()[]{}<>", "\u2028\u2029\u00a0\ufffd", "ابتث",
+         "हिन्दी", "\u0301\u0300\u20dd", "the of and ing tion"]
 SPECIAL = [" ", "  ", "</s>", " </s>", "<s>", "<unk>", "a", "\u2581</s>", "<0x41>", "the",
            "<|extra_0|>", "<|extra_1|>"]
 
@@ -572,7 +571,8 @@ def check_against_hugging_face(path: Path, n: int) -> None:
     theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path))
     ours = pd.LlamaTokenizer(str(path))
     names = re.compile("</?s>|<unk>|<.extra")
-    for text in fuzz(n, list(theirs.get_vocab())):
+    spaces = (a + " " * k + b for k in range(80) for a in ("", "a", ",") for b in ("", "b", "1"))
+    for text in itertools.chain(fuzz(n, list(theirs.get_vocab())), spaces):
         ids = ours.encode(text)
         assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids, repr(text)
         if not names.search(text):
@@ -621,17 +621,30 @@ def test_what_is_not_llamas_is_refused(tmp_path):
 
 def test_sentencepiece_model(tmp_path):
     spm = pytest.importorskip("sentencepiece")
-    texts = [words(i, 30).replace("a", "é") + " the end: (42), <x>  y\n\tz" for i in range(300)]
+    texts = [words(i, 30).replace("a", "é") + " the end: (42), <x>" + " " * (i % 30) + "y\n\tz"
+             for i in range(300)]
     lines = [t.replace("\n\t", " ") for t in texts]
     settings = {"sentence_iterator": iter(lines), "vocab_size": 450, "model_type": "bpe",
                 "byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True,
-                "remove_extra_whitespaces": False, "minloglevel": 2}
+                "allow_whitespace_only_pieces": True, "remove_extra_whitespaces": False,
+                "minloglevel": 2}
     spm.SentencePieceTrainer.train(model_prefix=str(tmp_path / "m"), **settings)
-    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
-    ours = pd.LlamaTokenizer(str(tmp_path / "m.model"))
-    assert (ours.n_vocab, ours.eos_id) == (450, 2)
-    for text in itertools.chain(fuzz(5000, [theirs.id_to_piece(i) for i in range(450)]), texts):
-        assert ours.encode(text).tolist() == theirs.encode(text), repr(text)
+    model = (tmp_path / "m.model").read_bytes()
+    for n in range(2, 17):  # as in LLaMA's: one score for all runs of spaces, the worst
+        run, worst = b"\x0a" + bytes([3 * n]) + "\u2581".encode() * n + b"\x15", struct.pack("<f", -1e9)
+        if run in model:
+            model = re.sub(re.escape(run) + b".{4}", run + worst, model, flags=re.S)
+        else:
+            model += b"\x0a" + bytes([len(run) + 4]) + run + worst
+    (tmp_path / "llama.model").write_bytes(model)
+    for name in ("m", "llama"):
+        theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / f"{name}.model"))
+        ours = pd.LlamaTokenizer(str(tmp_path / f"{name}.model"))
+        pieces = [theirs.id_to_piece(i) for i in range(theirs.get_piece_size())]
+        assert (ours.n_vocab, ours.eos_id) == (len(pieces), 2) and "\u2581" * 4 in pieces
+        runs = (" " * n + "é" + " " * n for n in range(60))
+        for text in itertools.chain(fuzz(4000, pieces), texts, runs):
+            assert ours.encode(text).tolist() == theirs.encode(text), repr(text)
     settings |= {"sentence_iterator": iter(lines), "normalization_rule_name": "nmt_nfkc"}
     spm.SentencePieceTrainer.train(model_prefix=str(tmp_path / "n"), **settings)
     with pytest.raises(SystemExit, match="normalizes"):
@@ -836,6 +849,9 @@ def test_embedded_corpus_is_clean_and_the_same_twice(tmp_path):
     machine = {str(Path.home()), str(ROOT), sys.prefix, sys.base_prefix, os.uname().nodename}
     assert not [m for m in machine if len(m) > 5 and m in everything]
     assert not re.search(r"/home/\w+/\.?(pyenv|venv|conda|cache)|feedstock_root", everything)
+    # nor in what another version of a package would make the corpus take instead
+    assert not [p for _, p in pd.python_files() if sys.base_prefix.encode() in p.read_bytes()
+                or sys.prefix.encode() in p.read_bytes()] or len(sys.base_prefix) < 6
     assert "\0" not in everything
     documents = list(itertools.chain(*texts.values()))
     assert len(set(documents)) == len(documents)
