@@ -1,5 +1,5 @@
-# make         prepare data, train a small Amber, evaluate it: minutes on a laptop CPU, no downloads
-#              but the packages. Again: goes on where it was, or says that it is finished.
+# make         prepare data, train a small Amber, evaluate it, see what it memorized: minutes on a
+#              laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
 # make test    the tests
 # make bench   speed against other code, as ratios
 # make clean   remove data/ and runs/
@@ -11,6 +11,7 @@ run: .venv/run.installed
 	@$(PY) prepare_data.py $(CONFIG)
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
+	@$(PY) memorize.py $(CONFIG) --rows=100
 
 test: .venv/dev.installed
 	@$(PY) -m ruff check .

@@ -50,10 +50,10 @@ class KVCache:
         self.length = 0  # positions filled
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, T, K, h) to a layer; all of its (B, S, K, h) come back."""
-        end = self.length + k.shape[1]
-        self.k[layer, :, self.length : end], self.v[layer, :, self.length : end] = k, v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+        """Append (B, T, K, h) to the first B rows of a layer; their (B, S, K, h) come back."""
+        rows, new, end = k.shape[0], k.shape[1], self.length + k.shape[1]
+        self.k[layer, :rows, end - new : end], self.v[layer, :rows, end - new : end] = k, v
+        return self.k[layer, :rows, :end], self.v[layer, :rows, :end]
 
 
 class Attention(nn.Module):

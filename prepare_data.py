@@ -1279,7 +1279,7 @@ def finished(config: Config) -> None:
                          " anew, or choose another place with --data_dir.")
     # the inputs are not needed any more, and may be gone
     with contextlib.suppress(SystemExit, OSError):
-        if manifest["inputs"] != inputs_of(find_inputs(config)[0]):
+        if manifest.get("inputs") != inputs_of(find_inputs(config)[0]):
             print(f"Note: the input files have changed since; to use them delete"
                   f" {config.data_dir}.")
     print("nothing to do: " + summary(config.data_dir, manifest))

@@ -126,25 +126,23 @@ def peak_flops(config: Config, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def memory_estimate(config: Config, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of training on one device, by kind; activations are counted on a meta block."""
-    saved: dict[int, int] = {}
+    """Bytes of training on one device, by kind; activations are those a block saves, on meta."""
+    kept: dict[int, Tensor] = {}  # one tensor per storage: views and repeats cost nothing
 
-    def count(t: Tensor) -> Tensor:
-        saved[id(t)] = t.numel() * t.element_size()
-        kept.append(t)  # an id is unique only while its owner lives
-        return t
+    def keep(t: Tensor) -> Tensor:
+        return kept.setdefault(t.untyped_storage()._cdata, t)
 
-    kept: list[Tensor] = []
     rows, length, size = config.micro_batch_size, config.seq_len, dtype.itemsize
     with torch.device("meta"):
         block = Block(config, 0)
         x = torch.empty(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
         cos = torch.empty(length, config.head_dim // 2)
-    weights = {id(p) for p in block.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         block(x, cos, cos)
-    activations = sum(n for i, n in saved.items() if i not in weights)
-    activations -= sum(p.numel() for p in block.parameters()) * size * (size < 4)  # cast copies
+    weights = {p.untyped_storage()._cdata for p in block.parameters()}
+    activations = sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in weights)
+    if size < 4:  # the matrices' copies, counted apart below
+        activations -= size * sum(p.numel() for p in block.parameters() if p.dim() == 2)
     return {
         "weights, gradients, AdamW": 16 * config.n_params,
         "weights cast for use": size * config.n_params if size < 4 else 0,
@@ -218,17 +216,18 @@ def train_step(run: Run, rows: np.ndarray, rate: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validate(model: LLaMA, data_dir: str, limit: int, batch: int) -> dict[str, dict[str, float]]:
+def validate(model: LLaMA, data_dir: str, limit: int | None,
+             batch: int) -> dict[str, dict[str, float]]:
     """Loss in nats per token and bits per byte of the held-out rows of each source.
 
-    The first `limit` rows of each; any `batch` gives the same figures. Nothing but `model` is
-    read, and nothing is changed: not the random state, not the data order.
+    The first `limit` rows of each (None = all); any `batch` gives the same figures. Nothing is
+    changed: not the random state, not the data order.
     """
     manifest = prepare_data.load_manifest(data_dir)
     token_bytes = prepare_data.load_tokenizer(data_dir).token_bytes.astype(np.int64)
     device, results = model.lm_head.weight.device, {}
-    for source in manifest["sources"]:
-        rows = prepare_data.open_valid(data_dir, manifest, source["name"])[:limit]
+    for name in [file["source"] for file in manifest["valid"]]:
+        rows = prepare_data.open_valid(data_dir, manifest, name)[:limit]
         nats, tokens, n_bytes = 0.0, 0, 0
         for begin in range(0, len(rows), batch):
             inputs, targets = to_tensors(rows[begin : begin + batch], device)
@@ -236,8 +235,7 @@ def validate(model: LLaMA, data_dir: str, limit: int, batch: int) -> dict[str, d
             nats += each.double().sum().item()
             tokens += targets.numel()
             n_bytes += int(token_bytes[targets.cpu()].sum())
-        results[source["name"]] = {"loss": nats / tokens,
-                                   "bits_per_byte": nats / math.log(2) / n_bytes}
+        results[name] = {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
     return results
 
 
@@ -559,7 +557,7 @@ def main(argv: list[str]) -> None:
     write_json(run.dir / "config.json", asdict(config))
     metrics = run.dir / "metrics.jsonl"  # steps that will be made again are dropped
     write_records(metrics, [r for r in read_records(metrics) if r["step"] <= run.step])
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has not all three
         signal.signal(getattr(signal, name), lambda number, _: setattr(
             run, "stop", signal.Signals(number).name))
     run.log("\n".join([*notes, describe(run, total, backend)]))

@@ -68,13 +68,13 @@ class Config(ModelConfig):
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
-    tokenized_valid: str = ""  # the same for held-out rows
-    on_bad_row: str = "stop"  # a released row that is not valid: "stop" | "skip" (and count)
+    tokenized_valid: str = ""  # the same for held-out rows; without it there are none
+    on_bad_row: str = "stop"  # a row or line that is not valid: "stop" | "skip" (and count)
     tokenizer: str = "bpe"  # "bpe" | "llama:PATH" (tokenizer.json or .model) | "tiktoken:NAME"
     seq_len: int = 2048  # tokens a row trains on; a row holds seq_len + 1 ids
     n_chunks: int = 360  # chunks of data = checkpoints kept
-    rows_per_chunk: int = 0  # rows of a chunk at most; 0 = all that the sources give
-    valid_rows: int = 102_400  # rows held out of each source
+    rows_per_chunk: int = 0  # rows of a chunk at most; 0 = all there are
+    valid_rows: int = 102_400  # rows held out of each source (at most, of tokenized_valid)
     workers: int = 0  # processes; 0 = one per core
     seed: int = 11111  # of the data order, the held-out rows and the initial weights
 

@@ -1,5 +1,5 @@
 # 1.9M parameters on text that every Python installation carries: minutes on a laptop CPU.
-# Expected: about 1.4 bits per byte on held-out code after two minutes.
+# Expected at the end: loss about 3.8, 1.57 bits per byte on held-out code (starcoder).
 hidden_size = 128
 intermediate_size = 352
 num_hidden_layers = 4

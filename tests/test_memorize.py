@@ -1,0 +1,144 @@
+"""Scores equal plain greedy decoding; what is measured is what was drawn."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import argv, home, straight  # noqa: F401
+
+import memorize
+import prepare_data
+import train
+from configs import ModelConfig
+from model import LLaMA
+
+K, L, VOCAB = 8, 12, 40
+
+
+def net(seed: int, spread: float = 0.3) -> LLaMA:
+    """A random model with weights wide enough that its greedy text is not one token for ever."""
+    model = LLaMA(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64,
+                              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                              initializer_range=spread))
+    model.init_weights(seed)
+    return model
+
+
+def plain(model: LLaMA, rows: torch.Tensor, k: int) -> torch.Tensor:
+    """Greedy decoding without a cache, a row and a token at a time."""
+    out = []
+    for row in rows.tolist():
+        text = row[:k]
+        while len(text) < len(row):
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        out.append([a == b for a, b in zip(text[k:], row[k:])])
+    return torch.tensor(out)
+
+
+def mixed_rows(model: LLaMA, n: int, seed: int) -> torch.Tensor:
+    """Rows that follow the model's own greedy text for 0 ... L tokens, then go their own way."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCAB, (n, K + L), generator=random)
+    for i, text in enumerate(model.generate(rows[:, :K].tolist(), L)):
+        rows[i, K:] = torch.tensor(text)
+        wrong = int(torch.randint(L + 1, (1,), generator=random))
+        if wrong < L:  # one wrong token; what follows it may or may not agree
+            rows[i, K + wrong] = (rows[i, K + wrong] + 1) % VOCAB
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_matches_are_those_of_plain_greedy_decoding(seed: int) -> None:
+    model = net(seed)
+    rows = mixed_rows(model, 24, seed)
+    got = memorize.greedy_matches(model, rows, K)
+    assert torch.equal(got, plain(model, rows, K))
+    full = int(got.all(1).sum())
+    assert 0 < full < 24 and got.sum() > got.cumprod(1).sum()  # agreements after a disagreement too
+
+
+def test_ties_go_to_the_same_token() -> None:
+    model = net(1)
+    with torch.no_grad():  # two tokens with one and the same logit, always
+        model.lm_head.weight[7] = model.lm_head.weight[3] = model.lm_head.weight.abs().max(0).values
+    rows = mixed_rows(model, 16, 5)
+    assert torch.equal(memorize.greedy_matches(model, rows, K), plain(model, rows, K))
+
+
+@pytest.mark.parametrize("k, rows", [(1, 3), (K + L - 1, 4)])
+def test_shortest_prompt_and_shortest_continuation(k: int, rows: int) -> None:
+    model = net(2)
+    tokens = mixed_rows(model, rows, 3)
+    assert torch.equal(memorize.greedy_matches(model, tokens, k), plain(model, tokens, k))
+
+
+def test_an_overfitted_model_scores_one_on_its_rows_and_chance_on_others() -> None:
+    random = torch.Generator().manual_seed(0)
+    known, other = (torch.randint(VOCAB, (6, K + L), generator=random) for _ in "ab")
+    model = net(0, 0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss, _ = model(known[:, :-1], known[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert memorize.greedy_matches(model, known, K).all()
+    assert memorize.greedy_matches(model, other, K).float().mean() < 0.25
+
+
+def test_standard_errors_against_a_simulation() -> None:
+    random, n = np.random.default_rng(0), 200
+    chance = np.array([0.5] + [0.45 / L] * (L - 1) + [0.05])
+    samples = [memorize.figures(random.choice(L + 1, n, p=chance / chance.sum()), L)
+               for _ in range(2000)]
+    for key in ("score", "extractible"):
+        true = np.std([s[key] for s in samples])
+        assert np.mean([s[f"{key}_se"] for s in samples]) == pytest.approx(true, rel=0.06)
+
+
+def test_evenly_spaced_with_the_last() -> None:
+    assert memorize.evenly(list(range(360)), 10) == [35, 71, 107, 143, 179, 215, 251, 287, 323, 359]
+    assert memorize.evenly([1, 2, 3], 10) == [1, 2, 3]
+
+
+def test_the_grid_is_measured_once_and_survives_a_kill(
+        home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+        capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    grid = {"rows": 20, "k": 6, "l": 10, "batch": 7}
+    memorize.main(argv(home, run, **grid))
+    lines = run / "memorization.jsonl"
+    first, summary = lines.read_text(), train.read_json(run / "memorization.json")
+    assert first.count("\n") == 9 and "rows: checkpoints, columns" in capsys.readouterr().out
+    # the batch changes nothing, and a line cut by a kill is measured again
+    lines.write_text(first[: len(first) * 2 // 3])
+    memorize.main(argv(home, run, **(grid | {"batch": 20})))
+    assert train.read_json(run / "memorization.json") == summary
+    assert sorted(lines.read_text().splitlines()) == sorted(first.splitlines())
+    # one cell by hand
+    config, _ = memorize.load(argv(home, run))
+    model = memorize.evaluation.build(config)
+    train.load_weights(model, run / "ckpt_001")
+    manifest = prepare_data.load_manifest(config.data_dir)
+    rows = prepare_data.open_chunk(config.data_dir, manifest, 2)
+    ids = memorize.draw_rows(config.seed, 2, len(rows), 20)
+    assert len(set(ids)) == 20
+    tokens = torch.from_numpy(rows[ids]["token_ids"][:, :16].astype(np.int64))
+    expected = plain(model, tokens, 6).sum(1)
+    cell = next(c for c in summary["cells"] if (c["checkpoint"], c["chunk"]) == ("ckpt_001", 2))
+    assert cell["score"] == pytest.approx(expected.float().mean().item() / 10)
+    assert set(summary["by_age"]) == {"-2", "-1", "0", "1", "2"}
+    assert sum(summary["histogram"]) == 60 and len(summary["correlation"]) == 3
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ({"k": 30, "l": 30}, r"--k \+ --l = 60 tokens are asked for, but a row of .* has 33"),
+    ({"chunks": "0,3"}, "give numbers from 0 to 2"), ({"chunks": "x"}, "give numbers from 0 to 2"),
+    ({"rows": 0}, "must be 1 or more"), ({"checkpoints": "8"}, "There is no checkpoint")])
+def test_bad_grids_are_refused(home: Path, straight: Path, flags: dict,  # noqa: F811
+                               sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        memorize.main(argv(home, straight, **({"k": 6, "l": 10} | flags)))
