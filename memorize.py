@@ -37,7 +37,7 @@ def greedy_matches(model: LLaMA, rows: Tensor, k: int) -> Tensor:
     What plain greedy decoding gives, token for token, with less work: as long as decoding has
     agreed, its context is the row itself, so one pass over the whole rows (teacher forcing) settles
     every position up to the first disagreement, and leaves the keys and values for going on from
-    there. Rows are sorted by that position, so that those being decoded are the cache's first ones.
+    there. Rows are sorted by it, so that those being decoded are always the first of the cache.
     """
     length = rows.shape[1] - k
     cache = KVCache(model, *rows.shape)
