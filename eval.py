@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import kernels
 import prepare_data
 import train
 from configs import Config, load
@@ -150,7 +149,7 @@ def continue_text(config: Config, model: LLaMA, prompt: str, n: int, temperature
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, checkpoints="all", prompt="", tokens=64, temperature=0.8)
-    kernels.use(config.kernels)
+    train.choose_kernels(config.kernels)
     if flags["prompt"]:
         which = "last" if flags["checkpoints"] == "all" else flags["checkpoints"]
         model = build(config)

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-import kernels
 import prepare_data
 import train
 from configs import Config, load
@@ -35,9 +34,9 @@ def greedy_matches(model: LLaMA, rows: Tensor, k: int) -> Tensor:
     """Where greedy decoding after the first k tokens of rows (B, k + l) agrees with them: bool (B, l).
 
     What plain greedy decoding gives, token for token, with less work: as long as decoding has
-    agreed, its context is the row itself, so one pass over the whole rows (teacher forcing) settles
-    every position up to the first disagreement, and leaves the keys and values for going on from
-    there. Rows are sorted by it, so that those being decoded are always the first of the cache.
+    agreed, its context is the row itself, so one pass over whole rows (teacher forcing) settles
+    every position up to the first disagreement, and leaves the keys and values to go on from.
+    Rows are sorted by that position: the ones being decoded are always the first of the cache.
     """
     length = rows.shape[1] - k
     cache = KVCache(model, *rows.shape)
@@ -226,7 +225,7 @@ def evenly(items: list, n: int) -> list:
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, checkpoints="", chunks="", rows=1000, k=32, l=32, batch=250)
-    kernels.use(config.kernels)
+    train.choose_kernels(config.kernels)
     manifest = prepare_data.load_manifest(config.data_dir)
     if min(flags[key] for key in ("rows", "k", "l", "batch")) < 1:
         raise SystemExit("--rows, --k, --l and --batch must be 1 or more.")

@@ -96,6 +96,14 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if fast else torch.float32
 
 
+def choose_kernels(choice: str) -> str:
+    """ "triton" or "torch": what a choice comes to here."""
+    try:
+        return kernels.use(choice)
+    except RuntimeError as error:
+        raise SystemExit(str(error))
+
+
 def tune_cpu(threads: int) -> None:
     """Fix the thread count, and let malloc keep large buffers instead of giving them back.
 
@@ -542,7 +550,7 @@ def main(argv: list[str]) -> None:
     config, _ = load(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("train.py runs in one process for now: start it without torchrun.")
-    backend = kernels.use(config.kernels)
+    backend = choose_kernels(config.kernels)
     run, total = start(config)
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = only_one(run.dir)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels
 from configs import ModelConfig, load
 from model import LLaMA, sample
 
@@ -57,6 +58,33 @@ def test_gradients_are_those_of_the_plain_loss() -> None:
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+def test_triton_and_torch_kernels_give_one_model(dtype: torch.dtype, limit: float) -> None:
+    """Loss and every gradient of a whole model; Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    import interp_bf16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        interp_bf16.install()
+    net = small(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+    net = net.to(device)
+    net.dtype = net.model.dtype = dtype
+    x, found = ids(2, 34).to(device), {}
+    try:
+        for backend in ("torch", "triton"):
+            assert kernels.use(backend) == backend
+            net.zero_grad()
+            loss, _ = net(x[:, :-1], x[:, 1:])
+            loss.backward()
+            found[backend] = {n: p.grad.clone() for n, p in net.named_parameters()}
+            found[backend]["loss"] = loss.detach()
+    finally:
+        kernels.use("auto")
+    for name, ours in found["triton"].items():
+        error = (ours - found["torch"][name]).norm() / found["torch"][name].norm()
+        assert error < limit, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("name, count", [("amber_7b", 6_738_415_616), ("amber_1b", 1_345_423_360),

@@ -343,6 +343,12 @@ def test_resume_settings(home: Path, straight: Path, tmp_path: Path) -> None:
             train.main(argv(home, settings.pop("run_dir", straight), **settings))
 
 
+def test_kernels_that_cannot_run_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.kernels._lang, "INSTALLED", False)
+    with pytest.raises(SystemExit, match="needs Triton"):
+        train.choose_kernels("triton")
+
+
 def test_init_from_takes_the_weights_alone(home: Path, straight: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "run", init_from=straight / "ckpt_001", max_steps=1, learning_rate=1e-12,
         min_learning_rate=0)
