@@ -8,7 +8,7 @@ Results are appended to runs/NAME/eval.jsonl, one line per checkpoint, as they c
 installed the curves are drawn to runs/NAME/curves.png.
 """
 
-import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -23,7 +23,10 @@ from model import LLaMA
 
 
 def chosen(run_dir: str, which: str) -> list[Path]:
-    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or a path."""
+    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or a path.
+
+    A path may be one of a Hugging Face directory (config.json and weights).
+    """
     found = train.checkpoints(run_dir)
     kept = [p for p in found if p.name.startswith("ckpt_")]
     if which == "all":
@@ -35,7 +38,7 @@ def chosen(run_dir: str, which: str) -> list[Path]:
     else:
         paths = [Path(which)]
     for path in paths:
-        if not (path / "manifest.json").exists():
+        if not ((path / "manifest.json").exists() or train.is_hugging_face(path)):
             names = ", ".join(p.name for p in found) or "none"
             raise SystemExit(f"There is no checkpoint {path}; {run_dir} has: {names}.")
     if not paths:
@@ -56,10 +59,8 @@ def measure(config: Config, model: LLaMA, paths: list[Path]) -> list[dict[str, A
     results = train.read_records(file)
     data = train.data_sha256(config.data_dir)
     # A result belongs to the weights and the data, not to a name that may be trained anew.
-    key = {path: {"manifest": train.sha256(path / "manifest.json"), "data": data} for path in paths}
+    key = {path: {"weights": train.identity(path), "data": data} for path in paths}
     todo = [path for path in paths if not any(r["of"] == key[path] for r in results)]
-    if todo:
-        train.write_records(file, results)
     for path in tqdm(todo, desc="evaluating", unit="checkpoint", disable=None):
         if problem := train.problem_of(path, ("model",)):
             tqdm.write(f"Skipping {path}: {problem}.")
@@ -69,17 +70,16 @@ def measure(config: Config, model: LLaMA, paths: list[Path]) -> list[dict[str, A
                   "valid": train.validate(model, config.data_dir, None, config.micro_batch_size),
                   "dtype": str(model.dtype)[6:], "of": key[path]}
         results.append(result)
-        with open(file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(result) + "\n")
+        train.append_record(file, result)
     wanted = [key[path] for path in paths]
-    return sorted((r for r in results if r["of"] in wanted), key=lambda r: r["step"])
+    return sorted((r for r in results if r["of"] in wanted), key=lambda r: r["step"] or math.inf)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Bits per byte, a row per checkpoint, a column per source."""
     names = list(results[-1]["valid"])
     head = f"{'checkpoint':>14} {'tokens':>15}" + "".join(f"{n[:13]:>14}" for n in names)
-    rows = [f"{r['checkpoint']:>14} {r['tokens']:>15,}"
+    rows = [f"{r['checkpoint']:>14} {r['tokens'] or 0:>15,}"
             + "".join(f"{r['valid'][n]['bits_per_byte']:>14.3f}" for n in names) for r in results]
     return "\n".join(["bits per byte of the held-out rows", head, *rows])
 
@@ -89,7 +89,7 @@ def report(config: Config, results: list[dict[str, Any]], text: str, file: str) 
     records = train.read_records(Path(config.run_dir) / "metrics.jsonl")
     manifest, last = prepare_data.load_manifest(config.data_dir), results[-1]
     rows = {"run": f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
-                   f" {last['tokens']:,} tokens, {config.n_params:,} parameters",
+                   f" {last['tokens'] or 0:,} tokens, {config.n_params:,} parameters",
             "data": f"{config.data_dir}, {len(manifest['chunks'])} chunks"}
     if records:
         rows["training"] = (
@@ -123,7 +123,7 @@ def draw(run_dir: str, results: list[dict[str, Any]]) -> Path | None:
                   if name in r["loss_by_source"]]
         x, y = zip(*smooth(points, 20)) if points else ((), ())
         left.plot(x, y, linewidth=1, label=name)
-        right.plot([r["tokens"] / 1e6 for r in results],
+        right.plot([(r["tokens"] or 0) / 1e6 for r in results],
                    [r["valid"][name]["bits_per_byte"] for r in results], marker=".", label=name)
     left.set(xlabel="tokens, millions", ylabel="loss, nats per token", title="training")
     right.set(xlabel="tokens, millions", ylabel="bits per byte", title="held-out rows")

@@ -2,6 +2,7 @@
 
     python memorize.py configs/amber_tiny.py                   # up to 10 checkpoints x all chunks
     python memorize.py configs/amber_tiny.py --checkpoints=0,9 --chunks=0,5,9 --rows=1000
+    torchrun --nproc_per_node=8 memorize.py configs/amber_7b.py --checkpoints=path/to/LLM360/Amber
 
 The first k tokens of a training row are the prompt, l tokens are decoded greedily; the score of
 the row is the share of the l positions that agree with the true continuation, and a row of score 1
@@ -13,7 +14,10 @@ with matplotlib.
 
 import json
 import math
+import os
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from model import KVCache, LLaMA
 
 @torch.no_grad()
 def greedy_matches(model: LLaMA, rows: Tensor, k: int) -> Tensor:
-    """Where greedy decoding after the first k tokens of rows (B, k + l) agrees with them: bool (B, l).
+    """Where greedy decoding after k tokens of rows (B, k + l) agrees with them: bool (B, l).
 
     What plain greedy decoding gives, token for token, with less work: as long as decoding has
     agreed, its context is the row itself, so one pass over whole rows (teacher forcing) settles
@@ -84,22 +88,24 @@ def measure(config: Config, model: LLaMA, manifest: dict, grid: list[tuple[Path,
     same = {key: flags[key] for key in ("k", "l", "rows")} | {
         "dtype": str(model.dtype)[6:], "seed": config.seed,
         "data": train.data_sha256(config.data_dir)}
-    weights = {path: train.sha256(path / "manifest.json") for path, _ in grid}
+    weights = {path: train.identity(path) for path, _ in grid}
     label = {(path, chunk): {**same, "checkpoint": path.name, "weights": weights[path],
                              "chunk": chunk} for path, chunk in grid}
     found = {json.dumps(r["of"]): r for r in known}
     todo = [cell for cell in grid if json.dumps(label[cell]) not in found]
-    if todo:
-        train.write_records(file, known)
-    loaded = None
-    for path, chunk in tqdm(todo, desc="memorization", unit="cell", disable=None):
+    mine, loaded = todo[flags["rank"] :: flags["world"]], None
+    for path, chunk in tqdm(mine, desc="memorization", unit="cell", disable=None):
         if path != loaded:
             step, loaded = train.load_weights(model, path)["step"], path
         record = {"of": label[path, chunk], "step": step,
                   "matches": measure_cell(model, config, manifest, chunk, flags)}
         found[json.dumps(record["of"])] = record
-        with open(file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        train.append_record(file, record)
+    while flags["rank"] == 0 and any(json.dumps(label[cell]) not in found for cell in grid):
+        time.sleep(1)  # for the other processes; torchrun ends all of us if one of them fails
+        found |= {json.dumps(r["of"]): r for r in train.read_records(file)}
+    if flags["rank"]:
+        raise SystemExit(0)  # the first process sums up
     return [found[json.dumps(label[cell])] for cell in grid]
 
 
@@ -122,6 +128,8 @@ def summarize(config: Config, manifest: dict, cells: list[dict], flags: dict) ->
     by_age: dict[int, list[int]] = {}
     for c in cells:  # age 0: the chunk just trained on; negative: not yet seen
         done = int(np.searchsorted(ends, c["step"], side="right")) - 1
+        if c["step"] is None:
+            done = chunk_of(c["of"]["checkpoint"], len(ends))
         by_age.setdefault(done - c["of"]["chunk"], []).extend(c["matches"])
     last = [c for c in cells if c["of"]["checkpoint"] == names[-1]]
     pooled = np.concatenate([c["matches"] for c in last])
@@ -147,6 +155,28 @@ def summarize(config: Config, manifest: dict, cells: list[dict], flags: dict) ->
                         for row in correlation.tolist()],
         "extractible": texts,
     }
+
+
+def chunk_of(name: str, n_chunks: int) -> int:
+    """The last chunk a Hugging Face directory has seen: ckpt_007's is 7, another's the last."""
+    match = re.fullmatch(r"ckpt_(\d+)", name)
+    return int(match[1]) if match else n_chunks - 1
+
+
+def measure_canaries(config: Config, model: LLaMA, manifest: dict,
+                     flags: dict) -> dict[int, dict[str, float]]:
+    """Figures of the planted rows by the times they were planted; 0 = such rows, never planted."""
+    planted = prepare_data.canaries(manifest["settings"])
+    if planted:
+        control = np.random.default_rng(config.seed).integers(
+            config.vocab_size, size=(32, manifest["seq_len"] + 1))
+        planted = {0: control} | planted
+    results = {}
+    for times, rows in planted.items():
+        tokens = torch.from_numpy(rows[:, : flags["k"] + flags["l"]])
+        matches = greedy_matches(model, tokens.to(model.lm_head.weight.device), flags["k"])
+        results[times] = figures(matches.sum(1).tolist(), flags["l"])
+    return results
 
 
 def describe_rows(config: Config, manifest: dict, cells: list[dict],
@@ -183,6 +213,10 @@ def report(summary: dict[str, Any]) -> str:
         lines.append(f"{kind:>24}: score {100 * f['score']:.2f} ± {100 * f['score_se']:.2f} %,"
                      f" extractible {100 * f['extractible']:.2f} ±"
                      f" {100 * f['extractible_se']:.2f} % of {f['rows']:,} rows")
+    for times, f in summary["canaries"].items():
+        lines.append(f"{f'canaries planted {times} x':>24}: score {100 * f['score']:.1f} ±"
+                     f" {100 * f['score_se']:.1f} %, extractible {100 * f['extractible']:.1f} %"
+                     f" of {f['rows']}")
     for text in summary["extractible"][:3]:
         lines.append(f"{'by heart':>24}: {text['source']}, chunk {text['chunk']} row {text['row']}:"
                      f" {text['continuation'][:60]!r}")
@@ -224,7 +258,10 @@ def evenly(items: list, n: int) -> list:
 
 
 def main(argv: list[str]) -> None:
+    # `load` holds the batch sizes against WORLD_SIZE, but these are not the processes of training
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
     config, flags = load(argv, checkpoints="", chunks="", rows=1000, k=32, l=32, batch=250)
+    flags |= {"rank": rank, "world": world}
     train.choose_kernels(config.kernels)
     manifest = prepare_data.load_manifest(config.data_dir)
     if min(flags[key] for key in ("rows", "k", "l", "batch")) < 1:
@@ -244,7 +281,9 @@ def main(argv: list[str]) -> None:
         paths = evenly(usable or paths, 10)
     model = evaluation.build(config)
     cells = measure(config, model, manifest, [(p, c) for p in paths for c in chunks], flags)
-    summary = summarize(config, manifest, cells, flags)
+    train.load_weights(model, paths[-1])
+    summary = {**summarize(config, manifest, cells, flags),
+               "canaries": measure_canaries(config, model, manifest, flags)}
     out = Path(config.run_dir) / "memorization.json"
     train.write_json(out, summary)
     print(report(summary))

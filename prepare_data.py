@@ -54,7 +54,7 @@ from configs import Config, load
 
 VERSION = 1  # of the format
 # the settings that decide the bytes of a data set; the manifest keeps them
-SETTINGS = """sources source_weights max_source_bytes tokenized tokenized_valid on_bad_row
+SETTINGS = """canaries sources source_weights max_source_bytes tokenized tokenized_valid on_bad_row
     tokenizer vocab_size seq_len n_chunks rows_per_chunk valid_rows seed""".split()
 BLOCK = 4096  # rows in memory at a time: 16 MB at Amber's length
 UNIT_BYTES = 16 << 20  # small files are read together, until they make a unit of work this large
@@ -952,6 +952,14 @@ def layout_text(plan: Plan, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
     cut = shares([s["dealt"] // c.n_chunks for s in sources], c.rows_per_chunk)
     for source, share in zip(sources, cut):
         source["rows_in_chunk"] = share
+    if c.canaries:
+        n = sum(times * rows for times, rows in c.canaries.items())
+        if "canary" in (s["name"] for s in sources) or n < c.n_chunks:
+            raise SystemExit(f"canaries: {n} rows for {c.n_chunks} chunks, under the name canary:"
+                             " plant at least one for each chunk, and name no source so.")
+        sources.append({"name": "canary", "documents": 0, "bytes": 0, "tokens": n * width,
+                        "repaired": 0, "rows": n, "tail_tokens": 0, "times": 1, "dealt": n,
+                        "dropped": {}, "parts": [], "rows_in_chunk": n // c.n_chunks})
     if not sum(cut):
         raise SystemExit("source_weights leave nothing to train on: one must be above 0.")
     return sources
@@ -1040,6 +1048,18 @@ def text_blocks(plan: Plan, s: int, source: dict, ids: np.ndarray) -> Iterator[n
         yield block
 
 
+def canary_blocks(plan: Plan, counts: dict[str, int], chunk: int) -> Iterator[np.ndarray]:
+    """The planted rows of a chunk: all copies in one drawn order, dealt round-robin."""
+    if "canary" in counts:
+        copies = np.concatenate([np.repeat(rows, times, axis=0)
+                                 for times, rows in canaries(settings(plan.config)).items()])
+        order = np.random.default_rng([plan.config.seed, 1, 64]).permutation(len(copies))
+        mine = order[chunk::plan.config.n_chunks][:counts["canary"]]
+        block = np.empty(len(mine), plan.row)
+        block["source"], block["token_ids"] = len(counts) - 1, copies[mine]
+        yield block
+
+
 @functools.lru_cache(maxsize=1)
 def read_layout(mark: Path) -> Any:
     return json.loads(mark.read_text())
@@ -1057,8 +1077,9 @@ def write_text_unit(plan: Plan, unit: tuple[str, int]) -> dict[str, Any]:
     path = plan.tmp / "train" / f"chunk_{index:03}.npy"
     counts = {s["name"]: s["rows_in_chunk"] for s in sources}
     blocks = (text_blocks(plan, s, source, chunk_ids(plan.config, s, source, index))
-              for s, source in enumerate(sources))
-    write_rows(plan, path, sum(counts.values()), itertools.chain.from_iterable(blocks))
+              for s, source in enumerate(sources) if source["parts"])
+    write_rows(plan, path, sum(counts.values()), itertools.chain(
+        itertools.chain.from_iterable(blocks), canary_blocks(plan, counts, index)))
     return entry(plan, path, rows=sum(counts.values()), sources=counts)
 
 
@@ -1108,7 +1129,8 @@ def write_all(plan: Plan, sources: list[dict], parts: list[dict]) -> list[dict[s
     size = plan.row.itemsize * sum(source["rows"] for source in sources)
     if not plan.config.tokenized:
         units = [("train", i) for i in range(n)]
-        units += [("valid", s) for s in range(len(sources)) if plan.config.valid_rows]
+        units += [("valid", s) for s, source in enumerate(sources)
+                  if plan.config.valid_rows and source["parts"]]
         return run_units(plan, "write", write_text_unit, units, size)
     tables = [(i, [names.index(name) for name in part["names"]]) for i, part in enumerate(parts)]
     held = {name for part in parts[n:] for name in part["names"]}
@@ -1373,6 +1395,14 @@ def locate(manifest: dict[str, Any], batch: int, step: int) -> tuple[int, int]:
         left -= file["rows"] // batch
     raise SystemExit(f"there is no step {step}: the data has {total_steps(manifest, batch)} steps"
                      f" of {batch} rows, and the first is 0.")
+
+
+def canaries(settings: dict[str, Any]) -> dict[int, np.ndarray]:
+    """{times: rows (n, seq_len + 1) of random ids} that a manifest's settings plant."""
+    rng = np.random.default_rng([settings["seed"], 0, 64])
+    spec = sorted((int(times), n) for times, n in settings["canaries"].items())
+    shape = settings["seq_len"] + 1
+    return {times: rng.integers(settings["vocab_size"], size=(n, shape)) for times, n in spec}
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ run that was not: bit for bit on a CPU. A signal (Ctrl-C, SIGTERM, SIGUSR1) save
 step and stops. Layout of a run directory and of a checkpoint: see README.md.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -327,6 +328,8 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 def problem_of(checkpoint: Path, need: tuple[str, ...] = ("model", "train_state")) -> str:
     """Why a checkpoint cannot be used, or "": every file under `need` is there and has its hash."""
+    if is_hugging_face(checkpoint):
+        return "" if need == ("model",) else "a Hugging Face directory has no training state"
     manifest = read_json(checkpoint / "manifest.json")
     if manifest.pop("sha256", None) != digest(manifest):
         return "manifest.json is missing or damaged"
@@ -345,6 +348,8 @@ def problem_of(checkpoint: Path, need: tuple[str, ...] = ("model", "train_state"
 def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
     """Fill `model` from a checkpoint directory and return its manifest."""
     checkpoint = Path(checkpoint)
+    if is_hugging_face(checkpoint):
+        return load_hugging_face(model, checkpoint)
     if problem := problem_of(checkpoint, ("model",)):
         raise SystemExit(f"{checkpoint} is not a usable checkpoint: {problem}.")
     manifest = read_json(checkpoint / "manifest.json")
@@ -354,6 +359,58 @@ def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
             raise SystemExit(f"{checkpoint} has {f.name} = {theirs}, this config {ours}.")
     dcp.load(model.state_dict(), checkpoint_id=checkpoint / "model", no_dist=True)
     return manifest
+
+
+def is_hugging_face(directory: Path) -> bool:
+    return (directory / "config.json").exists() and not (directory / "manifest.json").exists()
+
+
+def identity(checkpoint: Path) -> str:
+    """A hash that changes with the weights: of the manifest, or of a foreign directory's list."""
+    if not is_hugging_face(checkpoint):
+        return sha256(checkpoint / "manifest.json")
+    return digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns)
+                   for p in sorted(checkpoint.iterdir())])
+
+
+def load_hugging_face(model: LLaMA, directory: Path) -> dict[str, Any]:
+    """Fill `model` from config.json and *.safetensors or pytorch_model*.bin, a file at a time.
+
+    Everything that does not fit is listed at once. What the directory saw of the data is not
+    written in it: step and tokens come back as None.
+    """
+    theirs, problems = read_json(directory / "config.json"), []
+    for f in fields(ModelConfig):
+        value, ours = theirs.get(f.name), getattr(model.config, f.name)
+        if value is not None and value != ours and f.name != "initializer_range":
+            problems.append(f"{f.name} is {value} there, {ours} in this config")
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    weights, filled = dict(model.state_dict()), set()
+    for file in files if not problems else []:
+        if file.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise SystemExit(f"{file} is read with safetensors: pip install safetensors.")
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        for name, tensor in tensors.items():
+            if name not in weights:  # old exports carry the rotary table
+                problems += [f"{name} is unknown"] * ("rotary_emb" not in name)
+            elif weights[name].shape != tensor.shape:
+                problems.append(f"{name} is {tuple(tensor.shape)} there,"
+                                f" {tuple(weights[name].shape)} here")
+            else:
+                weights[name].copy_(tensor)
+                filled.add(name)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if not problems:
+        problems = [f"{name} is missing" for name in weights if name not in filled | tied]
+    if problems or not files:
+        raise SystemExit(f"{directory} cannot be loaded: "
+                         + ("; ".join(problems) or "it has no *.safetensors or *.bin file") + ".")
+    return {"step": None, "tokens": None}
 
 
 def resume(run: Run) -> list[str]:
@@ -376,8 +433,8 @@ def resume(run: Run) -> list[str]:
     if c.init_from:
         source = load_weights(run.model, c.init_from)
         run.started_from = {"path": c.init_from, "step": source["step"], "tokens": source["tokens"],
-                            "sha256": sha256(Path(c.init_from) / "manifest.json")}
-        notes.append(f"Weights from {c.init_from}, step {source['step']}.")
+                            "sha256": identity(Path(c.init_from))}
+        notes.append(f"Weights from {c.init_from}.")
     return notes
 
 
@@ -399,8 +456,9 @@ def restore(run: Run, path: Path) -> str:
     if "rng_cuda" in state:
         torch.cuda.set_rng_state(state["rng_cuda"], run.device)
     run.step, run.started_from = manifest["step"], manifest["started_from"]
-    changed = [f"{k} {v!r} -> {getattr(c, k)!r}" for k, v in manifest["config"].items()
-               if getattr(c, k, None) != v and k != "resume"]
+    now = json.loads(json.dumps(asdict(c)))
+    changed = [f"{k} {v!r} -> {now.get(k)!r}" for k, v in manifest["config"].items()
+               if now.get(k) != v and k != "resume"]
     return (f"Resuming {path}, step {run.step}."
             + (f" Changed: {', '.join(changed)}." if changed else ""))
 
@@ -595,9 +653,24 @@ def only_one(run_dir: Path) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The objects of a .jsonl file; a line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
+    with open(path, "a+b") as f:
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        torn = f.read(1) not in (b"", b"\n")
+        f.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -624,7 +697,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """A hash of what JSON keeps of a value: {2: x} and {"2": x} are the same."""
+    kept = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

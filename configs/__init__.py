@@ -67,6 +67,7 @@ class Config(ModelConfig):
     sources: dict = field(default_factory=dict)  # {"name": "path or glob"}; {} = the embedded text
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
+    canaries: dict = field(default_factory=dict)  # {times: n}: plant n random rows so many times
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
     tokenized_valid: str = ""  # the same for held-out rows; without it there are none
     on_bad_row: str = "stop"  # a row or line that is not valid: "stop" | "skip" (and count)
@@ -283,6 +284,10 @@ def check(c: Config) -> list[str]:
     problems += [f"source_weights[{key!r}] must be a number of 0 or more, found {value!r}."
                  for key, value in c.source_weights.items()
                  if not isinstance(value, (int, float)) or not 0 <= value < float("inf")]
+    if any(type(n) is not int or n < 1 for pair in c.canaries.items() for n in pair):
+        problems.append(f"canaries must be {{times: rows}} of whole numbers, found {c.canaries}.")
+    if c.canaries and c.tokenized:
+        problems.append("canaries can be planted in text (sources), not in tokenized rows.")
     if not re.fullmatch(r"bpe|llama:.+|tiktoken:.+", c.tokenizer):
         problems.append('tokenizer must be "bpe", "llama:PATH" or "tiktoken:NAME", found'
                         f" {c.tokenizer!r}.")

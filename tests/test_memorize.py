@@ -1,6 +1,10 @@
 """Scores equal plain greedy decoding; what is measured is what was drawn."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +121,8 @@ def test_the_grid_is_measured_once_and_survives_a_kill(
     lines.write_text(first[: len(first) * 2 // 3])
     memorize.main(argv(home, run, **(grid | {"batch": 20})))
     assert train.read_json(run / "memorization.json") == summary
-    assert sorted(lines.read_text().splitlines()) == sorted(first.splitlines())
+    again = sorted(json.dumps(r) for r in train.read_records(lines))
+    assert again == sorted(first.splitlines())
     # one cell by hand
     config, _ = memorize.load(argv(home, run))
     model = memorize.evaluation.build(config)
@@ -142,3 +147,36 @@ def test_bad_grids_are_refused(home: Path, straight: Path, flags: dict,  # noqa:
                                sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         memorize.main(argv(home, straight, **({"k": 6, "l": 10} | flags)))
+
+
+def test_two_processes_share_the_grid(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(straight, tmp_path / "run")
+    command = [sys.executable, "memorize.py", *argv(home, tmp_path / "run", rows=9, k=6, l=10)]
+    ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
+             for rank in range(2)]
+    assert [p.wait(60) for p in ranks] == [0, 0]
+    cells = train.read_records(tmp_path / "run" / "memorization.jsonl")
+    two = train.read_json(tmp_path / "run" / "memorization.json")
+    assert len(cells) == 9 == len({json.dumps(c["of"]) for c in cells})
+    (tmp_path / "run" / "memorization.jsonl").unlink()
+    memorize.main(argv(home, tmp_path / "run", rows=9, k=6, l=10))
+    assert train.read_json(tmp_path / "run" / "memorization.json") == two
+
+
+def test_canaries_are_planted_as_often_as_said_and_found(
+        home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    where = {"data_dir": tmp_path / "data", "canaries": "{1:4,2:4,16:6}"}
+    prepare_data.main(argv(home, tmp_path / "run", **where))
+    data = prepare_data.load_manifest(tmp_path / "data")
+    rows = np.concatenate([prepare_data.open_chunk(tmp_path / "data", data, c) for c in range(3)])
+    planted = rows["token_ids"][rows["source"] == 2]
+    assert data["sources"][2]["name"] == "canary" and len(planted) == 108
+    kinds = prepare_data.canaries(data["settings"])
+    assert {times: len(r) for times, r in kinds.items()} == {1: 4, 2: 4, 16: 6}
+    for times, canary in kinds.items():
+        assert all((planted == row).all(1).sum() == times for row in canary)
+    train.main(argv(home, tmp_path / "run", **where))
+    memorize.main(argv(home, tmp_path / "run", **where, k=6, l=10, rows=9))
+    found = train.read_json(tmp_path / "run" / "memorization.json")["canaries"]
+    assert list(found) == ["0", "1", "2", "16"] and found["16"]["rows"] == 6
+    assert "canaries planted 16 x" in capsys.readouterr().out
