@@ -92,8 +92,8 @@ def measure(config: Config, model: LLaMA, manifest: dict, grid: list[tuple[Path,
     label = {(path, chunk): {**same, "checkpoint": path.name, "weights": weights[path],
                              "chunk": chunk} for path, chunk in grid}
     found = {json.dumps(r["of"]): r for r in known}
-    todo = [cell for cell in grid if json.dumps(label[cell]) not in found]
-    mine, loaded = todo[flags["rank"] :: flags["world"]], None
+    mine = grid[flags["rank"] :: flags["world"]]  # whatever the others have done by now
+    mine, loaded = [cell for cell in mine if json.dumps(label[cell]) not in found], None
     for path, chunk in tqdm(mine, desc="memorization", unit="cell", disable=None):
         if path != loaded:
             step, loaded = train.load_weights(model, path)["step"], path
