@@ -139,14 +139,6 @@ def smooth(points: list[tuple[float, float]], window: int) -> list[tuple[float, 
     return [tuple(map(statistics.fmean, zip(*group))) for group in groups]
 
 
-def continue_text(config: Config, model: LLaMA, prompt: str, n: int, temperature: float) -> str:
-    """The prompt and `n` tokens sampled after it."""
-    tokenizer = prepare_data.load_tokenizer(config.data_dir)
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
-    new = model.generate([ids], n, temperature=temperature, top_p=0.95)  # past a document's end
-    return tokenizer.decode(ids + new[0])
-
-
 def main(argv: list[str]) -> None:
     config, flags = load(argv, checkpoints="all", prompt="", tokens=64, temperature=0.8)
     train.choose_kernels(config.kernels)
@@ -154,7 +146,8 @@ def main(argv: list[str]) -> None:
         which = "last" if flags["checkpoints"] == "all" else flags["checkpoints"]
         model = build(config)
         train.load_weights(model, chosen(config.run_dir, which)[-1])
-        print(continue_text(config, model, flags["prompt"], flags["tokens"], flags["temperature"]))
+        print(train.continue_text(config, model, flags["prompt"], flags["tokens"],
+                                  flags["temperature"]))
         return
     paths = chosen(config.run_dir, flags["checkpoints"])
     model = build(config)
@@ -163,7 +156,8 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"None of the checkpoints of {config.run_dir} could be measured.")
     print(table(results), end="\n\n")
     train.load_weights(model, paths[-1])
-    text = continue_text(config, model, config.sample_prompt, flags["tokens"], flags["temperature"])
+    text = train.continue_text(config, model, config.sample_prompt, flags["tokens"],
+                               flags["temperature"])
     print(report(config, results, text, next(a for a in argv if not a.startswith("-"))))
     if picture := draw(config.run_dir, results):
         print(f"Curves: {picture}")

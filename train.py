@@ -502,7 +502,9 @@ def train(run: Run, total: int) -> None:
         if run.step <= 3 or "valid" in record:
             run.log(summary(record, last))
         if chunk_done:
-            log_sample(run)
+            if c.sample_tokens:
+                text = continue_text(c, run.model, c.sample_prompt, c.sample_tokens)
+                run.log(f"sample: {text!r}")
             save_checkpoint(run, f"ckpt_{chunk:03d}")
         elif (run.stop or run.step == last
               or 0 < c.save_minutes * 60 < time.monotonic() - run.saved_at):
@@ -529,15 +531,13 @@ def summary(record: dict[str, Any], last: int) -> str:
     return text
 
 
-def log_sample(run: Run) -> None:
-    """Greedy text after a fixed prompt; the training state is not touched."""
-    c = run.config
-    if not c.sample_tokens:
-        return
-    tokenizer = prepare_data.load_tokenizer(c.data_dir)
-    prompt = tokenizer.encode(c.sample_prompt).tolist()
-    text = run.model.generate([prompt], c.sample_tokens, eos_id=tokenizer.eos_id)[0]
-    run.log(f"sample: {tokenizer.decode(prompt + text)!r}")
+def continue_text(config: Config, model: LLaMA, prompt: str, n: int,
+                  temperature: float = 0.0) -> str:
+    """A prompt and n tokens after it, past the end of a document too; 0 = greedy."""
+    tokenizer = prepare_data.load_tokenizer(config.data_dir)
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
+    new = model.generate([ids], n, temperature=temperature, top_p=0.95)
+    return tokenizer.decode(ids + new[0])
 
 
 def mfu(run: Run, speed: float) -> float:
