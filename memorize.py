@@ -258,8 +258,7 @@ def evenly(items: list, n: int) -> list:
 
 
 def main(argv: list[str]) -> None:
-    # `load` holds the batch sizes against WORLD_SIZE, but these are not the processes of training
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config, flags = load(argv, checkpoints="", chunks="", rows=1000, k=32, l=32, batch=250)
     flags |= {"rank": rank, "world": world}
     train.choose_kernels(config.kernels)

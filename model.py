@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 import kernels
@@ -158,7 +159,8 @@ class LLaMA(nn.Module):
             else:
                 stream = torch.Generator().manual_seed((seed << 16) + i)
                 values = torch.empty(parameter.shape).normal_(generator=stream)
-                parameter.data.copy_(values.mul_(self.config.initializer_range))
+                with torch.no_grad():
+                    fill(parameter, values.mul_(self.config.initializer_range))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 last: int = 0) -> Tensor | tuple[Tensor, Tensor]:
@@ -237,3 +239,15 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     before = probabilities.cumsum(-1) - probabilities  # mass of the better ones
     probabilities[before >= top_p] = 0
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=random))[:, 0]
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter; into a sharded one (FSDP2) this process's part of it.
+
+    Nothing is communicated: every process must come with the same values.
+    """
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements,
+                                   src_data_rank=None).to_local()
+        parameter = parameter.to_local()
+    parameter.copy_(values)

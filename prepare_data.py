@@ -1386,15 +1386,33 @@ def total_steps(manifest: dict[str, Any], batch: int) -> int:
     return sum(chunk["rows"] // batch for chunk in manifest["chunks"])
 
 
-def locate(manifest: dict[str, Any], batch: int, step: int) -> tuple[int, int]:
-    """(chunk, step in the chunk) of optimizer step `step`, from 0; raises SystemExit beyond."""
-    left = step
-    for chunk, file in enumerate(manifest["chunks"]):
-        if 0 <= left < file["rows"] // batch:
-            return chunk, left
-        left -= file["rows"] // batch
+def locate(manifest: dict[str, Any], batch: int, step: int,
+           skipped: Iterable[int] = ()) -> tuple[int, int]:
+    """(place, step in the chunk) of optimizer step `step`, from 0; raises SystemExit beyond.
+
+    A place is a number in the sequence of chunks: place p is chunk p, and after the last chunk the
+    sequence begins again (p modulo the chunks), to make up for `skipped` places. A chunk that was
+    skipped is not met again.
+    """
+    chunks, left = manifest["chunks"], step
+    bad = {place % len(chunks): place for place in skipped}  # chunk -> left out from this place on
+    if 0 <= step < total_steps(manifest, batch) and len(bad) < len(chunks):
+        for place in itertools.count():
+            chunk = place % len(chunks)
+            if place < bad.get(chunk, math.inf):
+                if left < chunks[chunk]["rows"] // batch:
+                    return place, left
+                left -= chunks[chunk]["rows"] // batch
     raise SystemExit(f"there is no step {step}: the data has {total_steps(manifest, batch)} steps"
-                     f" of {batch} rows, and the first is 0.")
+                     f" of {batch} rows, and the first is 0"
+                     + f"; {len(bad)} chunks are left out" * bool(bad) + ".")
+
+
+def skipped_places(run_dir: str | Path) -> list[int]:
+    """What a run left out of the sequence of chunks, as its ledger says."""
+    path = Path(run_dir, "ledger.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [r["place"] for r in records if r["event"] == "skip_chunk"]
 
 
 def canaries(settings: dict[str, Any]) -> dict[int, np.ndarray]:
@@ -1434,7 +1452,9 @@ def show_step(config: Config, step: int) -> None:
     if not 1 <= step <= total:
         raise SystemExit(f"--show_step={step}: {config.data_dir} has steps 1 to {total:,} of"
                          f" {config.global_batch_size} rows.")
-    chunk, within = locate(manifest, config.global_batch_size, step - 1)
+    place, within = locate(manifest, config.global_batch_size, step - 1,
+                           skipped_places(config.run_dir))
+    chunk = place % len(manifest["chunks"])
     rows = open_chunk(config.data_dir, manifest, chunk)
     ids = step_rows(manifest["seed"], chunk, len(rows), within, config.global_batch_size)
     print(f"step {step} = step {within + 1} of chunk {chunk}, {len(ids)} rows of {config.data_dir}")
@@ -1445,8 +1465,7 @@ def show_step(config: Config, step: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    # `load` holds the batch sizes against WORLD_SIZE, but these are not the processes of training
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config, flags = load(argv, verify=False, show_step=0)
     if flags["verify"]:
         if problems := verify(config.data_dir):

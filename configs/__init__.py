@@ -10,7 +10,6 @@ import ast
 import difflib
 import inspect
 import json
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -102,7 +101,19 @@ class Config(ModelConfig):
     kernels: str = "auto"  # "auto" | "triton" | "torch"; auto = Triton on CUDA
     compile: bool = False  # torch.compile the blocks; pays for runs longer than a few minutes
     threads: int = 0  # CPU threads of torch; 0 = one per core
+    deterministic: bool = False  # on a GPU: same bits in every run, slower; a CPU's are anyway
     peak_tflops: float = 0.0  # of one device, for MFU; 0 = known by name, or measured on a CPU
+
+    # -- train.py: many processes (torchrun)
+    parallel: str = "fsdp"  # "ddp" | "fsdp" | "hsdp": shard in groups, replicate across them
+    shard_size: int = 0  # hsdp: processes of a group; 0 = those of a node
+    reduce_dtype: str = "float32"  # gradients between processes: "float32" | "bfloat16", as Amber
+    activation_checkpointing: str = "none"  # computed again: "none" | "selective" | "full" block
+    timeout_minutes: float = 15.0  # without progress for so long, a run ends and says who is stuck
+
+    # -- train.py: a loss or gradient that is not finite
+    on_nonfinite: str = "stop"  # "stop" | "skip_step" (no update) | "skip_chunk", as Amber
+    make_up: bool = True  # train the first chunks again in place of those skipped, as Amber
 
     # -- train.py: validation, samples, checkpoints
     eval_interval: int = 762  # optimizer steps between validations; 0 = only at checkpoints
@@ -112,16 +123,13 @@ class Config(ModelConfig):
     resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" | PATH
     init_from: str = ""  # checkpoint whose weights a new run begins with
     save_minutes: float = 30.0  # minutes between rolling checkpoints; 0 = none
+    async_save: bool = True  # train on while a copy of the state is written
     keep_rolling: int = 1  # rolling checkpoints kept
     keep_train_state: int = 2  # newest checkpoints that keep their optimizer state; 0 = all
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_len
-
-    @property
-    def accumulation_steps(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * world_size())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -132,16 +140,15 @@ CHOICES = {
     "lr_schedule": ("cosine", "linear", "constant"),
     "dtype": ("auto", "bfloat16", "float32"),
     "kernels": ("auto", "triton", "torch"),
+    "parallel": ("ddp", "fsdp", "hsdp"),
+    "reduce_dtype": ("float32", "bfloat16"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "on_nonfinite": ("stop", "skip_step", "skip_chunk"),
 }
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     rms_norm_eps rope_theta initializer_range seq_len n_chunks global_batch_size micro_batch_size
-    learning_rate adam_eps grad_clip eval_rows""".split()
+    learning_rate adam_eps grad_clip timeout_minutes eval_rows""".split()
 # everything else that is a number may be 0, and nothing may be negative
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun tells them."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def load(argv: list[str], **flags: Any) -> tuple[Config, dict[str, Any]]:
@@ -272,11 +279,6 @@ def check(c: Config) -> list[str]:
     if not problems and c.head_dim % 2:
         problems.append(f"the head size, hidden_size / num_attention_heads = {c.head_dim}, must be"
                         " even: rotary positions turn pairs.")
-    unit = c.micro_batch_size * world_size()
-    if c.global_batch_size % unit:
-        problems.append(f"global_batch_size ({c.global_batch_size}) must be a multiple of"
-                        f" micro_batch_size x processes ({c.micro_batch_size} x {world_size()} ="
-                        f" {unit}); {nearest(c.global_batch_size, unit)}.")
     if c.sources and c.tokenized:
         problems.append("give sources (text) or tokenized (released rows of ids), not both.")
     problems += [f"sources[{key!r}] must be a path or glob, found {value!r}."

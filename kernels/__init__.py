@@ -33,11 +33,11 @@ __all__ = ["add_rms_norm", "attention", "layer_norm", "linear_cross_entropy", "r
 _choice = "auto"
 
 
-def use(backend: str) -> str:
+def use(backend: str, dry: bool = False) -> str:
     """Choose who computes from now on: "auto", "triton" or "torch".
 
     Returns the name it comes to on this machine, "triton" or "torch". ValueError for another name,
-    RuntimeError when "triton" cannot run here.
+    RuntimeError when "triton" cannot run here. `dry`: nothing will be run, shapes are all there is.
     """
     # Read at every call and not bound once, so that a test or a benchmark can switch back and
     # forth.
@@ -46,7 +46,7 @@ def use(backend: str) -> str:
         raise ValueError(f'kernels must be "auto", "triton" or "torch", not {backend!r}')
     if backend == "triton" and not _lang.INSTALLED:
         raise RuntimeError('kernels="triton" needs Triton: pip install triton (Linux only)')
-    if backend == "triton" and not (_lang.INTERPRETED or torch.cuda.is_available()):
+    if backend == "triton" and not (dry or _lang.INTERPRETED or torch.cuda.is_available()):
         raise RuntimeError('kernels="triton" needs a CUDA GPU and sees none: use "auto" or "torch"')
     _choice = backend
     if backend == "auto":

@@ -61,8 +61,7 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
     ("--hidden_size=130", "the head size, hidden_size / num_attention_heads = 65, must be even"),
     ("--num_key_value_heads=3", "num_attention_heads (2) must be a multiple of num_key_value_heads"
                                 " (3); 3 would do."),
-    ("--global_batch_size=40", "global_batch_size (40) must be a multiple of micro_batch_size x"
-                               " processes (16 x 1 = 16); 32 or 48 would do."),
+    ("--parallel=tp", "parallel must be one of 'ddp', 'fsdp', 'hsdp', found 'tp'."),
     ("--tokenizer=gpt2", 'tokenizer must be "bpe", "llama:PATH" or "tiktoken:NAME", found'),
     ("--adam_beta2=1", "adam_beta2 must be less than 1, found 1.0."),
     ("--sources={'a': 3}", "sources['a'] must be a path or glob, found 3."),
@@ -70,14 +69,6 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
 ])
 def test_values_out_of_range(argument: str, words: str) -> None:
     assert words in refusal(["configs/amber_tiny.py", argument])
-
-
-def test_the_batch_must_divide_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "224")
-    config, _ = load(["configs/amber_7b.py"])
-    assert config.accumulation_steps == 1
-    assert "(10 x 224 = 2240); 2240 would do" in refusal(["configs/amber_7b.py",
-                                                          "--global_batch_size=2000"])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

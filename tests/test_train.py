@@ -141,6 +141,14 @@ def test_loss_and_step_do_not_depend_on_the_micro_batch(home: Path, straight: Pa
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
+def test_the_batch_must_divide_over_the_processes() -> None:
+    config, _ = load(["configs/amber_7b.py"])
+    assert train.micro_batches(config, 224) == 1 and train.micro_batches(config, 32) == 7
+    config.global_batch_size = 2000
+    with pytest.raises(SystemExit, match=r"processes \(10 x 224 = 2240\); 2240 would do"):
+        train.micro_batches(config, 224)
+
+
 def test_loss_by_source_weighs_up_to_the_loss(home: Path, straight: Path) -> None:
     config, _ = load(argv(home, straight))
     manifest = prepare_data.load_manifest(config.data_dir)
@@ -285,10 +293,12 @@ def test_nonfinite_loss_stops_before_the_update(home: Path, straight: Path, tmp_
 
     running: list[LLaMA] = []
     start = train.start
-    monkeypatch.setattr(train, "start", lambda c: running.append((s := start(c))[0].model) or s)
+    monkeypatch.setattr(
+        train, "start", lambda *a: running.append((r := start(*a)).model) or r)
     monkeypatch.setattr(train, "to_tensors", poisoned)
-    with pytest.raises(SystemExit, match=r"Step 13: loss nan.*update was not made.*chunk 2, rows"
-                                         r" .*--show_step=13.*ckpt_001"):
+    with pytest.raises(SystemExit, match=r"Step 13: loss nan.*update was not made.*chunk 2; the"
+                                         r" loss is not finite on rank 0: row \d+ \((prose|code)\)"
+                                         r".*--show_step=13.*ckpt_001"):
         run(home, tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 12
     monkeypatch.undo()

@@ -1,0 +1,230 @@
+"""Several processes: the run of one, whatever fails.
+
+The tests start `torchrun` on this very file, which runs the jobs it is given (a list of
+{"argv": ..., "nan": ...}) one after the other in the same processes: starting costs the most.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prepare_data
+import train
+from configs import load
+from model import LLaMA
+from test_train import argv, assert_same_run, home, metrics, run, straight, tensors
+
+__all__ = ["home", "straight"]  # fixtures
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+LONG = 240  # seconds, for machines with other work to do
+
+
+def torchrun(n: int, *words: Any, **options: Any) -> subprocess.Popen:
+    flags = [f"--{k}={v}" for k, v in options.items()]
+    return subprocess.Popen([*TORCHRUN, f"--nproc_per_node={n}", *flags, *map(str, words)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
+
+
+def launch(n: int, home: Path, jobs: list[dict[str, Any]]) -> list[str]:
+    """Run jobs in n processes; returns what ended each, "" if nothing did."""
+    work = home / f"jobs{n}.json"
+    work.write_text(json.dumps(jobs))
+    process = torchrun(n, "tests/test_distributed.py", work)
+    text, _ = process.communicate(timeout=LONG)
+    assert process.returncode == 0, text
+    return json.loads((home / f"jobs{n}.json.ends").read_text())
+
+
+def inject(rank: int, step: int, micro: int, where: str, times: int = 1) -> None:
+    """Make one loss, or the gradient of one, not finite, `times` times."""
+    forward, train_step = LLaMA.forward, train.train_step
+    now = {"step": 0, "micro": 0, "left": times}
+
+    def counted(run: train.Run, *rest: Any) -> dict[str, Any]:
+        now["step"], now["micro"] = run.step + 1, 0
+        return train_step(run, *rest)
+
+    def poisoned(self: LLaMA, ids: torch.Tensor, targets: Any = None, **rest: Any) -> Any:
+        out = forward(self, ids, targets, **rest)
+        if targets is None or not torch.is_grad_enabled():
+            return out
+        now["micro"] += 1
+        here = (train.rank(), now["step"], now["micro"]) == (rank, step, micro)
+        if not (here and now["left"]):
+            return out
+        now["left"] -= 1
+        loss, each = out
+        if where == "gradient":
+            loss.register_hook(lambda g: g * torch.nan)
+            return loss, each
+        each = each.clone()
+        each[0] = torch.nan
+        return loss * torch.nan, each
+
+    LLaMA.forward, train.train_step = poisoned, counted
+
+
+def work(path: Path) -> None:
+    """What each process that torchrun starts does."""
+    torch.distributed.init_process_group("gloo")
+    forward, train_step, ends = LLaMA.forward, train.train_step, []
+    for job in json.loads(path.read_text()):
+        LLaMA.forward, train.train_step = forward, train_step
+        if "nan" in job:
+            inject(**job["nan"])
+        try:
+            train.main(job["argv"])
+            ends.append("")
+        except SystemExit as end:
+            ends.append(str(end.code))
+    if train.rank() == 0:
+        path.with_suffix(".json.ends").write_text(json.dumps(ends))
+    torch.distributed.destroy_process_group()
+
+
+def assert_close_run(a: Path, b: Path) -> None:
+    """Equal but for the order of sums, over all steps."""
+    assert len(metrics(a)) == len(metrics(b)) > 0
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=2e-6)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=2e-4)
+        assert x["loss_by_source"].keys() == y["loss_by_source"].keys()
+        if "valid" in x and "valid" in y:
+            assert x["valid"]["code"]["loss"] == pytest.approx(y["valid"]["code"]["loss"], rel=2e-6)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 60
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_two_processes(home: Path, straight: Path, tmp_path: Path) -> None:
+    """DDP = FSDP = one process; resumed, resharded and recomputed = straight; NaN anywhere."""
+    def job(name: str, nan: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+        settings = {"micro_batch_size": 2} | settings
+        return {"argv": argv(home, tmp_path / name, **settings)} | ({"nan": nan} if nan else {})
+
+    shutil.copytree(straight, tmp_path / "from_one")
+    shutil.rmtree(tmp_path / "from_one/ckpt_002")
+    at = {"rank": 1, "step": 9, "micro": 2}
+    ends = launch(2, home, [
+        job("ddp", parallel="ddp"),
+        job("fsdp"),
+        job("parts", max_steps=11, save_minutes=1e-9),
+        job("parts", activation_checkpointing="selective"),
+        job("from_one"),
+        job("bfloat16", parallel="ddp", reduce_dtype="bfloat16", dtype="bfloat16", max_steps=6),
+        job("loss", at | {"where": "loss"}),
+        job("gradient", at | {"where": "gradient"}, parallel="ddp"),
+        job("step", at | {"where": "gradient"}, on_nonfinite="skip_step"),
+        job("chunk", at | {"where": "loss"}, on_nonfinite="skip_chunk", save_minutes=1e-9),
+        job("fsdp", replay=1),
+        job("uneven", micro_batch_size=8),
+    ])
+    assert ends[:6] == [""] * 6
+    assert_close_run(straight, tmp_path / "ddp")
+    assert_close_run(straight, tmp_path / "fsdp")
+    assert_close_run(straight, tmp_path / "from_one")
+    assert_same_run(tmp_path / "fsdp", tmp_path / "parts")
+    assert [r["loss"] for r in metrics(tmp_path / "bfloat16")] == pytest.approx(
+        [r["loss"] for r in metrics(straight)][:6], rel=2e-2)
+    # the message: step, rank, chunk, row, its source, the newest checkpoint, how to go on
+    config, _ = load(argv(home, straight))
+    manifest = prepare_data.load_manifest(config.data_dir)
+    rows = prepare_data.open_chunk(config.data_dir, manifest, 1)
+    row = prepare_data.step_rows(config.seed, 1, len(rows), 2, 8)[4 + 2]  # rank 1, micro-batch 2
+    source = manifest["sources"][rows["source"][row]]["name"]
+    for words in ("Step 9: loss nan", "the update was not made", "chunk 1;",
+                  f"rank 1: row {row} ({source}) (", "--show_step=9", "ckpt_000;",
+                  "--on_nonfinite=skip_step"):
+        assert words in ends[6]
+    assert "Step 9: loss 4.0" in ends[7] and "every loss was finite, the gradient was" in ends[7]
+    assert len(metrics(tmp_path / "loss")) == len(metrics(tmp_path / "gradient")) == 8
+    # the policies
+    assert ends[8] == ends[9] == ends[10] == ""
+    assert [r["step"] for r in metrics(tmp_path / "step") if "skipped" in r] == [9]
+    assert [r["chunk"] for r in metrics(tmp_path / "chunk")] == [0] * 6 + [2] * 6 + [0] * 6
+    assert "processes (8 x 2 = 16); 16 would do" in ends[11]
+    # a checkpoint of two processes goes on in one, with no process group
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "in_one")
+    shutil.rmtree(tmp_path / "in_one/ckpt_002")
+    run(home, tmp_path / "in_one")
+    assert_close_run(straight, tmp_path / "in_one")
+
+
+def test_four_processes(home: Path, straight: Path, tmp_path: Path) -> None:
+    def job(name: str, **settings: Any) -> dict[str, Any]:
+        return {"argv": argv(home, tmp_path / name, micro_batch_size=1, **settings)}
+
+    shutil.copytree(straight, tmp_path / "resharded")
+    shutil.rmtree(tmp_path / "resharded/ckpt_002")
+    hsdp = {"parallel": "hsdp", "shard_size": 2, "tie_word_embeddings": True}
+    ends = launch(4, home, [
+        job("ddp", parallel="ddp"),
+        job("hsdp", **hsdp),
+        job("again", **hsdp, activation_checkpointing="full"),
+        job("resharded"),
+        job("wrong", parallel="hsdp", shard_size=3)])
+    assert ends[:4] == [""] * 4 and "cannot be divided into groups of 3" in ends[4]
+    tied = run(home, tmp_path / "tied", tie_word_embeddings=True)
+    assert_close_run(tied, tmp_path / "hsdp")
+    assert_same_run(tmp_path / "hsdp", tmp_path / "again")
+    assert_close_run(straight, tmp_path / "ddp")
+    assert_close_run(straight, tmp_path / "resharded")
+
+
+def test_a_killed_rank_is_started_again_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+    """torchrun --max-restarts; then SIGTERM to torchrun itself, and a second start."""
+    settings = {"micro_batch_size": 2, "save_minutes": 1e-9}
+    launch(2, home, [{"argv": argv(home, tmp_path / "straight", **settings)}])
+    words = ["train.py", *argv(home, tmp_path / "run", **settings)]
+    process = torchrun(2, *words, max_restarts=2)
+    victim = wait_for(tmp_path / "run", 3, process)
+    os.kill(victim[1], signal.SIGKILL)
+    wait_for(tmp_path / "run", 9, process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=LONG)
+    assert "Resuming" in text and "saved at step" in text
+    process = torchrun(2, *words)
+    text, _ = process.communicate(timeout=LONG)
+    assert process.returncode == 0, text
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    refused = torchrun(2, "train.py", *argv(home, tmp_path / "run", resume="false"))
+    text, _ = refused.communicate(timeout=LONG)
+    assert refused.returncode == 1 and text.count("already holds a run") == 1
+
+
+def wait_for(run_dir: Path, n: int, process: subprocess.Popen) -> list[int]:
+    """Return the process ids by rank when a run has logged n steps."""
+    give_up = time.monotonic() + LONG
+    while len(metrics(run_dir)) < n and process.poll() is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    starts = [r for r in train.read_records(run_dir / "ledger.jsonl") if r["event"] == "start"]
+    return starts[-1]["pids"]
+
+
+def test_a_stuck_rank_is_named(home: Path, tmp_path: Path) -> None:
+    process = torchrun(2, "train.py", *argv(home, tmp_path / "run", micro_batch_size=1,
+                                            timeout_minutes=0.1, threads=1))
+    victim = wait_for(tmp_path / "run", 2, process)[1]
+    os.kill(victim, signal.SIGSTOP)
+    text, _ = process.communicate(timeout=LONG)
+    assert process.returncode == 1
+    assert "No progress for 0.1 minutes" in text and "Stuck: rank 1 on " in text
+    assert "Stuck: rank 0" not in text
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
