@@ -114,6 +114,52 @@ class Tokenizer:
         (directory / "tokenizer.tiktoken").write_bytes(b"".join(lines))
         return "tokenizer.tiktoken"
 
+    def hugging_face(self) -> tuple["Vocabulary", dict[str, Any], dict[str, Any]]:
+        """The vocabulary in Hugging Face's spelling, the kind of BPE, and the steps around it.
+
+        There a byte is one letter: itself if it can be seen, else one from U+0100 on (GPT-2's
+        encoder.py).
+        """
+        seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        hidden = (b for b in range(256) if b not in seen)
+        letter = {b: chr(b) for b in seen} | {b: chr(256 + k) for k, b in enumerate(hidden)}
+        vocab = {"".join(letter[b] for b in piece): rank for piece, rank in self.ranks.items()}
+        # tiktoken's X{1,3}+ never gives back; to Hugging Face's Oniguruma it is (X{1,3})+
+        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", self.pattern)
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                 "invert": False}
+        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                    "use_regex": False}
+        # the specials are in the vocabulary too: a name that is not gets the next free id
+        vocabulary = (vocab | self.specials, sorted(vocab, key=vocab.get),
+                      [(name, i, None) for name, i in self.specials.items()])
+        return vocabulary, {"ignore_merges": True}, {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
+            "decoder": as_bytes}
+
+    def save_hugging_face(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json: AutoTokenizer then gives our ids.
+
+        Every way to cut a piece in two becomes a merge. tiktoken has one rank for all of them, and
+        here each has its own, which changes nothing: inside a piece a text is merged as the piece
+        alone would be, so before the last merge there are always the same two parts.
+        """
+        (vocab, order, added), kind, steps = self.hugging_face()
+        merges = [f"{piece[:n]} {piece[n:]}" for piece in order for n in range(1, len(piece))
+                  if piece[:n] in vocab and piece[n:] in vocab]
+        tokens = [{"id": i, "content": name, "normalized": bool(when), "special": True,
+                   "single_word": False, "lstrip": False, "rstrip": False}
+                  for name, i, when in added]
+        tokenizer = {"version": "1.0", "added_tokens": tokens, **steps, "model": {
+            "type": "BPE", **kind, "vocab": vocab, "merges": merges}}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "eos_token": next(name for name, i in self.specials.items() if i == self.eos_id),
+            # whether names of specials are ordinary text
+            "split_special_tokens": all(when is None for _, _, when in added)}
+        for file, value in (("tokenizer", tokenizer), ("tokenizer_config", settings)):
+            (directory / f"{file}.json").write_text(json.dumps(value, indent=1) + "\n")
+
 
 class LlamaTokenizer(Tokenizer):
     """LLaMA's tokenizer, exactly: of Hugging Face's tokenizer.json or sentencepiece's .model.
@@ -128,7 +174,7 @@ class LlamaTokenizer(Tokenizer):
     def __init__(self, path: str):
         self.path, self.kind, self.pattern = path, "llama", LLAMA_PATTERN
         read = read_tokenizer_json if path.endswith(".json") else read_sentencepiece
-        vocab, order, added = read(path)
+        self.vocabulary = vocab, order, added = read(path)
         self.specials = {name: i for name, i, _ in added}
         spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]  # byte -> id
         text = {p.replace("\u2581", " "): i for p, i in vocab.items()
@@ -181,6 +227,16 @@ class LlamaTokenizer(Tokenizer):
         file = "tokenizer" + Path(self.path).suffix
         shutil.copyfile(self.path, directory / file)
         return file
+
+    def hugging_face(self) -> tuple["Vocabulary", dict[str, Any], dict[str, Any]]:
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        return self.vocabulary, {"byte_fallback": True}, {
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"}, space]},
+            "decoder": {"type": "Sequence", "decoders": [
+                back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}}
 
 
 def added_regex(added: list[tuple[str, int, bool | None]], normalized: bool) -> re.Pattern:
