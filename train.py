@@ -620,6 +620,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
     with open(path, "a+b") as f:
         with contextlib.suppress(ImportError):  # Windows
             import fcntl

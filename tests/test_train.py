@@ -417,9 +417,8 @@ def test_eval_measures_each_checkpoint_once(home: Path, straight: Path, tmp_path
 def test_hugging_face_directories_are_evaluated_and_trained_on(home: Path, straight: Path,
                                                                tmp_path: Path) -> None:
     """Their forms, and what can be wrong with them, are in test_hub.py."""
-    hub, run_dir = tmp_path / "hub", tmp_path / "run"
+    hub, run_dir = tmp_path / "hub", tmp_path / "no_run_yet"
     export(straight / "ckpt_002", hub)
-    shutil.copytree(straight, run_dir)
     evaluation.main(argv(home, run_dir, checkpoints=str(hub)))
     ours = metrics(straight)[-1]["valid"]["prose"]["loss"]
     assert train.read_records(run_dir / "eval.jsonl")[-1]["valid"]["prose"]["loss"] == (
