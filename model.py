@@ -380,7 +380,10 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Size], dtype: torch.d
         f.write(len(text).to_bytes(8, "little") + text)
         for name, shape in tensors.items():
             values = torch.empty(shape)
-            dcp.load({name: values}, checkpoint_id=saved, no_dist=True)
+            try:
+                dcp.load({name: values}, checkpoint_id=saved, no_dist=True)
+            except dcp.api.CheckpointException as error:  # around anything, Ctrl-C too
+                raise next(iter(error.failures.values()))[0]
             f.write(values.to(dtype).view(torch.uint8).numpy())
 
 
