@@ -192,11 +192,11 @@ class LlamaTokenizer(Tokenizer):
         ranked = [bytes([b]) for b in range(256)] + starts + chars + merged
         self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={},
                                       mergeable_ranks={p: rank for rank, p in enumerate(ranked)})
-        # rank -> one id, or for a beginning of a character the ids of its 2 or 3 bytes
-        self.ids, self.width = np.zeros((len(ranked), 3), np.uint32), np.ones(len(ranked), np.int64)
+        # rank -> one id, or for a beginning of a character the ids of its 2 or 3 bytes; -1 = none
+        self.ids = np.full((len(ranked), 3), -1, np.int32)
         for rank, piece in enumerate(ranked):
             ids = [known[piece]] if piece in known else [spelled[b] for b in piece]
-            self.ids[rank, :len(ids)], self.width[rank] = ids, len(ids)
+            self.ids[rank, :len(ids)] = ids
         self.raw, self.normal = (added_regex(added, normalized) for normalized in (False, True))
         single = {i: bytes([b]) for b, i in enumerate(spelled)}
         self.index({i: p for p, i in known.items()} | single, self.specials["</s>"])
@@ -214,10 +214,8 @@ class LlamaTokenizer(Tokenizer):
         return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
 
     def encode_piece(self, text: str) -> np.ndarray:
-        ranks = self.core.encode_to_numpy(text, disallowed_special=())
-        width = self.width[ranks]
-        column = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
-        return self.ids[np.repeat(ranks, width), column]
+        ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]
+        return ids[ids >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the space that `encode` puts before it. Never raises."""
@@ -284,12 +282,12 @@ def protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
+        begin = at
+        while data[at] > 127:
+            at += 1
+        at += 1
+        return sum((byte & 127) << 7 * k for k, byte in enumerate(data[begin:at]))
+
     while at < len(data):
         field, kind = divmod(varint(), 8)
         # kinds: 0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes
@@ -339,10 +337,15 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
     words, often = [list(p[:200].encode()) for p in pieces], list(pieces.values())
     counts: Counter[tuple[int, int]] = Counter()  # of pairs
     where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> words
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += often[w]
-            where[pair].add(w)
+
+    def count(w: int, sign: int) -> None:
+        for p in zip(words[w], words[w][1:]):
+            counts[p] += sign * often[w]
+            if sign > 0:
+                where[p].add(w)
+
+    for w in range(len(words)):
+        count(w, 1)
     tokens = [bytes([b]) for b in range(256)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     heap = [(-n, pair) for pair, n in counts.items()]
@@ -357,17 +360,12 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
         new = ranks.setdefault(union, len(tokens))  # (a, bc) and (ab, c) are the same token
         if new == len(tokens):
             tokens.append(union)
-        grown = set()
-        for w in where.pop(pair):
-            for p in zip(words[w], words[w][1:]):
-                counts[p] -= often[w]
+        changed = where.pop(pair)
+        for w in changed:
+            count(w, -1)
             words[w] = merge(words[w], pair, new)
-            for p in zip(words[w], words[w][1:]):
-                counts[p] += often[w]
-                if new in p:
-                    where[p].add(w)
-                    grown.add(p)
-        for p in grown:
+            count(w, 1)
+        for p in {p for w in changed for p in zip(words[w], words[w][1:]) if new in p}:
             heapq.heappush(heap, (-counts[p], p))
     return ranks
 
@@ -1474,10 +1472,9 @@ def verify(data_dir: str | Path) -> list[str]:
         path = Path(data_dir, file["file"])
         if not path.exists():
             return f"{path} is missing."
-        found = sha256(path)
-        if found != file["sha256"]:
-            return f"{path} differs: its sha256 is {found}, not {file['sha256']}."
-        return ""
+        found, said = sha256(path), file["sha256"]
+        return "" if found == said else f"{path} differs: its sha256 is {found}, not {said}."
+
     with ThreadPoolExecutor() as pool:
         files = [*manifest["chunks"], *manifest["valid"], manifest["tokenizer"]]
         return [problem for problem in pool.map(check, files) if problem]
