@@ -127,9 +127,10 @@ def summarize(config: Config, manifest: dict, cells: list[dict], flags: dict) ->
     chunks = list(dict.fromkeys(c["of"]["chunk"] for c in cells))
     by_age: dict[int, list[int]] = {}
     for c in cells:  # age 0: the chunk just trained on; negative: not yet seen
-        done = int(np.searchsorted(ends, c["step"], side="right")) - 1
         if c["step"] is None:
             done = chunk_of(c["of"]["checkpoint"], len(ends))
+        else:
+            done = int(np.searchsorted(ends, c["step"], side="right")) - 1
         by_age.setdefault(done - c["of"]["chunk"], []).extend(c["matches"])
     last = [c for c in cells if c["of"]["checkpoint"] == names[-1]]
     pooled = np.concatenate([c["matches"] for c in last])

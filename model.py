@@ -6,14 +6,28 @@ weight is cast where it is used, and the residual stream has that type.
 
 B batch, T positions, S cached + new positions, D hidden, H query heads, K key/value heads,
 h head size, V vocabulary.
+
+    python model.py runs/amber_tiny/ckpt_009 OUT                 # for transformers, vLLM, ...
+    python model.py runs/amber_7b/ckpt_359 OUT --dtype=bfloat16  # half the size, rounded
+
+write a checkpoint as a Hugging Face directory, with the tokenizer of its data.
 """
 
-from collections.abc import Iterator
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import kernels
 from configs import ModelConfig
@@ -159,8 +173,7 @@ class LLaMA(nn.Module):
             else:
                 stream = torch.Generator().manual_seed((seed << 16) + i)
                 values = torch.empty(parameter.shape).normal_(generator=stream)
-                with torch.no_grad():
-                    fill(parameter, values.mul_(self.config.initializer_range))
+                fill(parameter, values.mul_(self.config.initializer_range))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 last: int = 0) -> Tensor | tuple[Tensor, Tensor]:
@@ -241,6 +254,14 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=random))[:, 0]
 
 
+# ---------------------------------------------------------------------------------------------
+# Hugging Face directories: weights in and out
+
+TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
+         "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@torch.no_grad()
 def fill(parameter: Tensor, values: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one (FSDP2) this process's part of it.
 
@@ -251,3 +272,221 @@ def fill(parameter: Tensor, values: Tensor) -> None:
                                    src_data_rank=None).to_local()
         parameter = parameter.to_local()
     parameter.copy_(values)
+
+
+def is_hugging_face(directory: Path) -> bool:
+    return (directory / "config.json").exists() and not (directory / "manifest.json").exists()
+
+
+def load_hugging_face(model: LLaMA, directory: Path) -> None:
+    """Fill `model` from config.json and *.safetensors or pytorch_model*.bin, tensor by tensor.
+
+    Raises SystemExit with everything that does not fit at once.
+    """
+    def refuse(problems: list[str]) -> None:
+        if problems:
+            raise SystemExit(f"{directory} cannot be loaded: {'; '.join(problems)}.")
+
+    refuse(config_problems(model.config, directory))
+    weights, problems = model.state_dict(), []
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    missing = dict.fromkeys(weights)
+    for name, values in published_tensors(directory):
+        missing.pop(name, None)
+        if name not in weights:  # old exports carry the rotary table, some a tied head
+            known = "rotary_emb" in name or name == "lm_head.weight"
+            problems += [f"{name} is unknown"] * (not known)
+        elif weights[name].shape != values.shape:
+            problems.append(f"{name} is {tuple(values.shape)} there,"
+                            f" {tuple(weights[name].shape)} here")
+        else:
+            fill(weights[name], values)
+    refuse(problems + [f"{name} is missing" for name in missing])
+
+
+def config_problems(c: ModelConfig, directory: Path) -> list[str]:
+    """What config.json says otherwise than `c`; what it does not say is LLaMA's default."""
+    try:
+        said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type"))
+    except (OSError, ValueError, AttributeError):
+        return ["its config.json cannot be read"]
+    if (kind := said.get("model_type", "llama")) != "llama":
+        return [f"it is a model of type {kind!r}, and only 'llama' is known here"]
+    ours = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
+    ours |= {"hidden_act": "silu", "rope_type": "default"}
+    theirs = ours | asdict(ModelConfig()) | said | rope | {"rope_type": rope_type or "default"}
+    theirs["num_key_value_heads"] = (theirs["num_key_value_heads"]
+                                     or theirs["num_attention_heads"])
+    return [f"{name} is {theirs[name]!r} there, {value!r} here" for name, value in ours.items()
+            if theirs[name] != value and name != "initializer_range"]
+
+
+def published_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every file of weights, one tensor in memory at a time."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        file = directory / f"{stem}.{suffix}.index.json"
+        try:
+            names = [path.name for path in directory.glob(f"{stem}*.{suffix}")]
+            if file.exists():
+                names = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+            for file in sorted({directory / name for name in names}):
+                yield from read_bin(file) if suffix == "bin" else read_safetensors(file)
+        except Exception as error:  # damaged files raise all kinds
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise SystemExit(f"{file} cannot be read ({reason.splitlines()[0]}): is the download"
+                             " whole?")
+        if names:
+            return
+    raise SystemExit(f"{directory} has no weights: neither model*.safetensors nor"
+                     " pytorch_model*.bin.")
+
+
+def read_bin(path: Path) -> Iterable[tuple[str, Tensor]]:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a file: 8 bytes of length, a JSON header of that length, the data."""
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("it is not a safetensors file")
+        for name, about in json.loads(f.read(size)).items():
+            if name == "__metadata__":
+                continue
+            if about["dtype"] not in TYPES:
+                raise ValueError(f"{name} is of type {about['dtype']}")
+            values = torch.empty(about["shape"], dtype=TYPES[about["dtype"]])
+            f.seek(8 + size + about["data_offsets"][0])
+            if f.readinto(values.flatten().view(torch.uint8).numpy()) < values.nbytes:
+                raise ValueError("it is cut short")
+            yield name, values
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Size], dtype: torch.dtype,
+                      saved: Path) -> None:
+    """Tensors of a checkpoint's model/ (`saved`) as one file, one in memory at a time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in tensors.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": next(n for n, t in TYPES.items() if t == dtype),
+                        "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in tensors.items():
+            values = torch.empty(shape)
+            try:
+                dcp.load({name: values}, checkpoint_id=saved, no_dist=True)
+            except dcp.api.CheckpointException as error:  # around anything, Ctrl-C too
+                raise next(iter(error.failures.values()))[0]
+            f.write(values.to(dtype).view(torch.uint8).numpy())
+
+
+def write_weights(saved: Path, c: ModelConfig, out: Path, dtype: torch.dtype,
+                  shard_bytes: float) -> None:
+    """A checkpoint's model/ as model.safetensors; larger ones as shards and an index."""
+    with torch.device("meta"):
+        tensors = {name: t.shape for name, t in LLaMA(c).state_dict().items()}
+    if c.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    shards, size = [{}], 0
+    for name, shape in tensors.items():
+        size += shape.numel() * dtype.itemsize
+        if size > shard_bytes and shards[-1]:
+            shards, size = [*shards, {}], shape.numel() * dtype.itemsize
+        shards[-1][name] = shape
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+             for i, shard in enumerate(shards, 1)}
+    if len(shards) == 1:
+        files = {"model.safetensors": tensors}
+    for file, shard in tqdm(files.items(), desc="writing", unit="file", disable=None):
+        write_safetensors(out / file, shard, dtype, saved)
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in tensors.values()) * dtype.itemsize
+        write_json(out / "model.safetensors.index.json", {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, shard in files.items() for name in shard}})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32, data_dir: str = "",
+           shard_bytes: float = 5e9) -> str:
+    """Write a checkpoint of train.py as a Hugging Face directory; returns what to say of it.
+
+    data_dir: where the data with the tokenizer lies now; "" = where training had it. Raises
+    SystemExit when it cannot be done, and leaves nothing half-written.
+    """
+    # here, because the network knows nothing of data and training
+    import prepare_data
+    import train
+
+    if out.exists():
+        raise SystemExit(f"{out} exists already: delete it, or name another place.")
+    if not (checkpoint / "manifest.json").exists():
+        raise SystemExit(f"{checkpoint} is not a checkpoint, like runs/NAME/ckpt_007: it has no"
+                         " manifest.json.")
+    if problem := train.problem_of(checkpoint, ("model",)):
+        raise SystemExit(f"{checkpoint} is not a usable checkpoint: {problem}.")
+    manifest = train.read_json(checkpoint / "manifest.json")
+    settings, tokenizer, note = manifest["config"], None, ""
+    c = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig)})
+    place = data_dir or settings["data_dir"]
+    if data_dir or Path(place, "manifest.json").exists():
+        tokenizer = prepare_data.load_tokenizer(place)
+        if tokenizer.n_vocab > c.vocab_size:
+            raise SystemExit(f"The tokenizer of {place} has {tokenizer.n_vocab} ids,"
+                             f" {checkpoint} has {c.vocab_size}: name the data it was trained on"
+                             " with --data_dir.")
+        if train.data_sha256(place) != manifest["data_sha256"]:
+            note = f"\n{place} is not what it was trained on: is the tokenizer the same?"
+    else:
+        note = (f"\nThe tokenizer is missing: it lies with the data, and {place} is not there;"
+                " --data_dir=PATH says where it is.")
+    eos_id = tokenizer.eos_id if tokenizer else None
+    tmp = out.with_name(f"{out.name}.tmp")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        write_weights(checkpoint / "model", c, tmp, dtype, shard_bytes)
+        # no BOS, said outright: transformers would take LLaMA's 1
+        write_json(tmp / "config.json", {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(c),
+            "max_position_embeddings": settings["seq_len"], "bos_token_id": None,
+            "eos_token_id": eos_id, "torch_dtype": str(dtype)[6:]})
+        write_json(tmp / "generation_config.json", {"eos_token_id": eos_id})
+        if tokenizer:
+            tokenizer.save_hugging_face(tmp)
+        tmp.rename(out)
+    except OSError as error:
+        raise SystemExit(f"Could not write {out}: {error.strerror or error}.")
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return f"{out}: {c.n_params:,} parameters in {str(dtype)[6:]}.{note}"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="model.py", description="Write a checkpoint of"
+                                     " train.py as a Hugging Face directory.")
+    parser.add_argument("checkpoint", type=Path, help="runs/NAME/ckpt_007")
+    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of the written weights; bfloat16 rounds them to half the size")
+    parser.add_argument("--data_dir", default="", help="where the data, and its tokenizer, lies"
+                        " now; default: where training had it")
+    a = parser.parse_args(argv)
+    print(export(a.checkpoint, a.out, getattr(torch, a.dtype), a.data_dir))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; nothing was written")

@@ -114,6 +114,52 @@ class Tokenizer:
         (directory / "tokenizer.tiktoken").write_bytes(b"".join(lines))
         return "tokenizer.tiktoken"
 
+    def hugging_face(self) -> tuple["Vocabulary", dict[str, Any], dict[str, Any]]:
+        """The vocabulary in Hugging Face's spelling, the kind of BPE, and the steps around it.
+
+        There a byte is one letter: itself if it can be seen, else one from U+0100 on (GPT-2's
+        encoder.py).
+        """
+        seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        hidden = (b for b in range(256) if b not in seen)
+        letter = {b: chr(b) for b in seen} | {b: chr(256 + k) for k, b in enumerate(hidden)}
+        vocab = {"".join(letter[b] for b in piece): rank for piece, rank in self.ranks.items()}
+        # tiktoken's X{1,3}+ never gives back; to Hugging Face's Oniguruma it is (X{1,3})+
+        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", self.pattern)
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                 "invert": False}
+        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                    "use_regex": False}
+        # the specials are in the vocabulary too: a name that is not gets the next free id
+        vocabulary = (vocab | self.specials, sorted(vocab, key=vocab.get),
+                      [(name, i, None) for name, i in self.specials.items()])
+        return vocabulary, {"ignore_merges": True}, {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
+            "decoder": as_bytes}
+
+    def save_hugging_face(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json: AutoTokenizer then gives our ids.
+
+        Every way to cut a piece in two becomes a merge. tiktoken has one rank for all of them, and
+        here each has its own, which changes nothing: inside a piece a text is merged as the piece
+        alone would be, so before the last merge there are always the same two parts.
+        """
+        (vocab, order, added), kind, steps = self.hugging_face()
+        merges = [f"{piece[:n]} {piece[n:]}" for piece in order for n in range(1, len(piece))
+                  if piece[:n] in vocab and piece[n:] in vocab]
+        tokens = [{"id": i, "content": name, "normalized": bool(when), "special": True,
+                   "single_word": False, "lstrip": False, "rstrip": False}
+                  for name, i, when in added]
+        tokenizer = {"version": "1.0", "added_tokens": tokens, **steps, "model": {
+            "type": "BPE", **kind, "vocab": vocab, "merges": merges}}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "eos_token": next(name for name, i in self.specials.items() if i == self.eos_id),
+            # whether names of specials are ordinary text
+            "split_special_tokens": all(when is None for _, _, when in added)}
+        for file, value in (("tokenizer", tokenizer), ("tokenizer_config", settings)):
+            (directory / f"{file}.json").write_text(json.dumps(value, indent=1) + "\n")
+
 
 class LlamaTokenizer(Tokenizer):
     """LLaMA's tokenizer, exactly: of Hugging Face's tokenizer.json or sentencepiece's .model.
@@ -128,7 +174,7 @@ class LlamaTokenizer(Tokenizer):
     def __init__(self, path: str):
         self.path, self.kind, self.pattern = path, "llama", LLAMA_PATTERN
         read = read_tokenizer_json if path.endswith(".json") else read_sentencepiece
-        vocab, order, added = read(path)
+        self.vocabulary = vocab, order, added = read(path)
         self.specials = {name: i for name, i, _ in added}
         spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]  # byte -> id
         text = {p.replace("\u2581", " "): i for p, i in vocab.items()
@@ -146,11 +192,11 @@ class LlamaTokenizer(Tokenizer):
         ranked = [bytes([b]) for b in range(256)] + starts + chars + merged
         self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={},
                                       mergeable_ranks={p: rank for rank, p in enumerate(ranked)})
-        # rank -> one id, or for a beginning of a character the ids of its 2 or 3 bytes
-        self.ids, self.width = np.zeros((len(ranked), 3), np.uint32), np.ones(len(ranked), np.int64)
+        # rank -> one id, or for a beginning of a character the ids of its 2 or 3 bytes; -1 = none
+        self.ids = np.full((len(ranked), 3), -1, np.int32)
         for rank, piece in enumerate(ranked):
             ids = [known[piece]] if piece in known else [spelled[b] for b in piece]
-            self.ids[rank, :len(ids)], self.width[rank] = ids, len(ids)
+            self.ids[rank, :len(ids)] = ids
         self.raw, self.normal = (added_regex(added, normalized) for normalized in (False, True))
         single = {i: bytes([b]) for b, i in enumerate(spelled)}
         self.index({i: p for p, i in known.items()} | single, self.specials["</s>"])
@@ -168,10 +214,8 @@ class LlamaTokenizer(Tokenizer):
         return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
 
     def encode_piece(self, text: str) -> np.ndarray:
-        ranks = self.core.encode_to_numpy(text, disallowed_special=())
-        width = self.width[ranks]
-        column = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
-        return self.ids[np.repeat(ranks, width), column]
+        ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]
+        return ids[ids >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the space that `encode` puts before it. Never raises."""
@@ -181,6 +225,16 @@ class LlamaTokenizer(Tokenizer):
         file = "tokenizer" + Path(self.path).suffix
         shutil.copyfile(self.path, directory / file)
         return file
+
+    def hugging_face(self) -> tuple["Vocabulary", dict[str, Any], dict[str, Any]]:
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        return self.vocabulary, {"byte_fallback": True}, {
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"}, space]},
+            "decoder": {"type": "Sequence", "decoders": [
+                back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}}
 
 
 def added_regex(added: list[tuple[str, int, bool | None]], normalized: bool) -> re.Pattern:
@@ -228,12 +282,12 @@ def protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
+        begin = at
+        while data[at] > 127:
+            at += 1
+        at += 1
+        return sum((byte & 127) << 7 * k for k, byte in enumerate(data[begin:at]))
+
     while at < len(data):
         field, kind = divmod(varint(), 8)
         # kinds: 0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes
@@ -283,10 +337,15 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
     words, often = [list(p[:200].encode()) for p in pieces], list(pieces.values())
     counts: Counter[tuple[int, int]] = Counter()  # of pairs
     where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> words
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += often[w]
-            where[pair].add(w)
+
+    def count(w: int, sign: int) -> None:
+        for p in zip(words[w], words[w][1:]):
+            counts[p] += sign * often[w]
+            if sign > 0:
+                where[p].add(w)
+
+    for w in range(len(words)):
+        count(w, 1)
     tokens = [bytes([b]) for b in range(256)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     heap = [(-n, pair) for pair, n in counts.items()]
@@ -301,17 +360,12 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
         new = ranks.setdefault(union, len(tokens))  # (a, bc) and (ab, c) are the same token
         if new == len(tokens):
             tokens.append(union)
-        grown = set()
-        for w in where.pop(pair):
-            for p in zip(words[w], words[w][1:]):
-                counts[p] -= often[w]
+        changed = where.pop(pair)
+        for w in changed:
+            count(w, -1)
             words[w] = merge(words[w], pair, new)
-            for p in zip(words[w], words[w][1:]):
-                counts[p] += often[w]
-                if new in p:
-                    where[p].add(w)
-                    grown.add(p)
-        for p in grown:
+            count(w, 1)
+        for p in {p for w in changed for p in zip(words[w], words[w][1:]) if new in p}:
             heapq.heappush(heap, (-counts[p], p))
     return ranks
 
@@ -1436,10 +1490,9 @@ def verify(data_dir: str | Path) -> list[str]:
         path = Path(data_dir, file["file"])
         if not path.exists():
             return f"{path} is missing."
-        found = sha256(path)
-        if found != file["sha256"]:
-            return f"{path} differs: its sha256 is {found}, not {file['sha256']}."
-        return ""
+        found, said = sha256(path), file["sha256"]
+        return "" if found == said else f"{path} differs: its sha256 is {found}, not {said}."
+
     with ThreadPoolExecutor() as pool:
         files = [*manifest["chunks"], *manifest["valid"], manifest["tokenizer"]]
         return [problem for problem in pool.map(check, files) if problem]

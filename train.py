@@ -55,7 +55,7 @@ from tqdm import tqdm
 import kernels
 import prepare_data
 from configs import Config, ModelConfig, load, nearest
-from model import Block, LLaMA
+from model import Block, LLaMA, is_hugging_face, load_hugging_face
 
 # One process saves and loads without a process group, on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -673,7 +673,8 @@ def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
     """Fill `model`, sharded or not, from a checkpoint directory and return its manifest."""
     checkpoint = Path(checkpoint)
     if is_hugging_face(checkpoint):
-        return load_hugging_face(model, checkpoint)
+        load_hugging_face(model, checkpoint)
+        return {"step": None, "tokens": None}  # what it saw of the data is not written there
     if problem := problem_of(checkpoint, ("model",)):
         raise SystemExit(f"{checkpoint} is not a usable checkpoint: {problem}.")
     return fill_weights(model, checkpoint)
@@ -691,56 +692,12 @@ def fill_weights(model: LLaMA, checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def is_hugging_face(directory: Path) -> bool:
-    return (directory / "config.json").exists() and not (directory / "manifest.json").exists()
-
-
 def identity(checkpoint: Path) -> str:
     """A hash that changes with the weights: of the manifest, or of a foreign directory's list."""
     if not is_hugging_face(checkpoint):
         return sha256(checkpoint / "manifest.json")
     return digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns)
                    for p in sorted(checkpoint.iterdir())])
-
-
-def load_hugging_face(model: LLaMA, directory: Path) -> dict[str, Any]:
-    """Fill `model` from config.json and *.safetensors or pytorch_model*.bin, a file at a time.
-
-    Everything that does not fit is listed at once. What the directory saw of the data is not
-    written in it: step and tokens come back as None.
-    """
-    theirs, problems = read_json(directory / "config.json"), []
-    for f in fields(ModelConfig):
-        value, ours = theirs.get(f.name), getattr(model.config, f.name)
-        if value is not None and value != ours and f.name != "initializer_range":
-            problems.append(f"{f.name} is {value} there, {ours} in this config")
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    weights, filled = dict(model.state_dict()), set()
-    for file in files if not problems else []:
-        if file.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise SystemExit(f"{file} is read with safetensors: pip install safetensors.")
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        for name, tensor in tensors.items():
-            if name not in weights:  # old exports carry the rotary table
-                problems += [f"{name} is unknown"] * ("rotary_emb" not in name)
-            elif weights[name].shape != tensor.shape:
-                problems.append(f"{name} is {tuple(tensor.shape)} there,"
-                                f" {tuple(weights[name].shape)} here")
-            else:
-                weights[name].copy_(tensor)
-                filled.add(name)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if not problems:
-        problems = [f"{name} is missing" for name in weights if name not in filled | tied]
-    if problems or not files:
-        raise SystemExit(f"{directory} cannot be loaded: "
-                         + ("; ".join(problems) or "it has no *.safetensors or *.bin file") + ".")
-    return {"step": None, "tokens": None}
 
 
 def resume(run: Run) -> list[str]:
@@ -1312,6 +1269,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
     with open(path, "a+b") as f:
         with contextlib.suppress(ImportError):  # Windows
             import fcntl

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_train import argv, assert_same_run, home, metrics, run, straight, tensors
 
 import prepare_data
 import train
 from configs import load
 from model import LLaMA
-from test_train import argv, assert_same_run, home, metrics, run, straight, tensors
 
 __all__ = ["home", "straight"]  # fixtures
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

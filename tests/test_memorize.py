@@ -16,7 +16,7 @@ import memorize
 import prepare_data
 import train
 from configs import ModelConfig
-from model import LLaMA
+from model import LLaMA, export
 
 K, L, VOCAB = 8, 12, 40
 
@@ -147,6 +147,17 @@ def test_bad_grids_are_refused(home: Path, straight: Path, flags: dict,  # noqa:
                                sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         memorize.main(argv(home, straight, **({"k": 6, "l": 10} | flags)))
+
+
+def test_a_hugging_face_directory_scores_as_its_checkpoint(
+        home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    export(straight / "ckpt_001", tmp_path / "ckpt_001")
+    found = []
+    for path in (straight / "ckpt_001", tmp_path / "ckpt_001"):
+        memorize.main(argv(home, tmp_path / "run", rows=9, k=6, l=10, checkpoints=path))
+        summary = train.read_json(tmp_path / "run" / "memorization.json")
+        found.append((summary["by_age"], [c["score"] for c in summary["cells"]]))
+    assert found[0] == found[1]
 
 
 def test_two_processes_share_the_grid(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811

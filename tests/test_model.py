@@ -1,11 +1,18 @@
 """The network against transformers' LLaMA, its counts, and generation with a cache."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import kernels
 from configs import ModelConfig, load
-from model import LLaMA, sample
+from model import LLaMA, load_hugging_face, sample
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -122,6 +129,49 @@ def test_initial_weights_do_not_depend_on_order_or_neighbours() -> None:
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert a.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert a.model.norm.weight.eq(1).all()
+
+
+def fill_a_shard(hub: str) -> None:
+    """One of two processes: its part of a sharded model has its rows of the whole one's weights."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo")
+    whole, sharded = LLaMA(ModelConfig(**SMALL)), LLaMA(ModelConfig(**SMALL))
+    for block in sharded.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    for give_weights in (lambda net: net.init_weights(7),
+                         lambda net: load_hugging_face(net, Path(hub))):
+        for rank in range(2):  # in turn: what needed the other process would never return
+            if rank == dist.get_rank():
+                give_weights(whole)
+                give_weights(sharded)
+            dist.barrier()
+        for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
+            begin = -(-len(p) // 2) * dist.get_rank()
+            assert len(q.to_local()) < len(p)
+            assert torch.equal(q.to_local(), p[begin : begin + len(q.to_local())])
+            assert torch.equal(q.full_tensor(), p)
+    dist.destroy_process_group()
+    print("equal")
+
+
+def test_a_sharded_model_is_filled_without_communication(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    command = "import sys, test_model; test_model.fill_a_shard(sys.argv[1])"
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                           "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    ranks = [subprocess.Popen([sys.executable, "-c", command, str(tmp_path)], text=True,
+                              env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT) for rank in range(2)]
+    for process in ranks:
+        text, _ = process.communicate(timeout=90)
+        assert process.returncode == 0 and "equal" in text, text
 
 
 def test_cached_generation_equals_full_recomputation_for_ragged_prompts() -> None:
