@@ -384,11 +384,14 @@ def memory_estimate(config: Config, dtype: torch.dtype, world: int = 1,
     else:
         used, buffers = size * config.n_params * (size < 4), 0
     accumulated = states * (config.global_batch_size > config.micro_batch_size * world)
+    hidden, head = rows * length * config.hidden_size, config.vocab_size * config.hidden_size
+    logits = min(8192, rows * length) * config.vocab_size  # kernels/cross_entropy.py's chunk
     always = {"weights": states, "AdamW": 2 * states, "weights in use": used,
-              "temporary": rows * length * config.hidden_size * size * 4}
+              "temporary": 4 * size * hidden}
     again = each < saved  # a block is computed once more where its backward pass begins
     begin = always | {"gradients": accumulated, "gradient buffers": buffers * again,
-                      "activations": layers * each + saved * again}
+                      "activations": layers * each + saved * again,
+                      "temporary": size * (4 * hidden + logits + head) + 4 * head}
     end = always | {"gradients": states, "gradient buffers": buffers,
                     "activations": each + saved * again}
     return max(begin, end, key=lambda kinds: sum(kinds.values()))
@@ -881,9 +884,12 @@ def train(run: Run) -> None:
 
 def summary(record: dict[str, Any], last: int) -> str:
     """One line of a step: what a person wants to see go down, and how fast."""
-    text = (f"step {record['step']}/{last}  chunk {record['chunk']}  loss {record['loss']:.4f}"
-            f"  grad norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}"
-            f"  {record['tokens_per_s']:,} tok/s")
+    text = f"step {record['step']}/{last}  chunk {record['chunk']}  "
+    if "skipped" in record:
+        text += "left out"
+    else:
+        text += (f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}"
+                 f"  lr {record['lr']:.2e}  {record['tokens_per_s']:,} tok/s")
     if "valid" in record:
         text += "  bits per byte: " + ", ".join(
             f"{name} {v['bits_per_byte']:.3f}" for name, v in record["valid"].items())
@@ -912,28 +918,40 @@ def memory_gb(run: Run) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
-def describe(run: Run, backend: str) -> str:
-    """The settings that are not the default, and every number that follows from them."""
-    c, default, world = run.config, Config(), world_size()
-    memory = memory_estimate(c, run.model.dtype, world, dist.is_initialized())
-    chunk_steps = [chunk["rows"] // c.global_batch_size for chunk in run.manifest["chunks"]]
-    per_token, last = c.flops_per_token(c.seq_len), last_step(run)
-    given = ", ".join(f"{k} = {v!r}" for k, v in asdict(c).items() if v != getattr(default, k))
-    how = f" x {world} processes, {c.parallel}" if dist.is_initialized() else ""
+def facts(config: Config, manifest: dict[str, Any] | None, world: int
+          ) -> tuple[dict[str, str], int]:
+    """What a run comes to before it begins, and its steps; without data, by n_chunks."""
+    c, per_token = config, config.flops_per_token(config.seq_len)
+    sizes = [config.rows_per_chunk // config.global_batch_size] * config.n_chunks
+    if manifest:
+        sizes = [chunk["rows"] // c.global_batch_size for chunk in manifest["chunks"]]
+    last = min(sum(sizes), c.max_steps or sum(sizes))
+    how = f" x {world} processes, {c.parallel}" if world > 1 else ""
+    if world > 1 and c.parallel == "hsdp":
+        how += f" in groups of {shard_size(c, world)}"
+    given = ", ".join(f"{k} = {v!r}" for k, v in asdict(c).items() if v != getattr(Config(), k))
     rows = {
         "settings": given + "; the rest as in configs/__init__.py",
         "parameters": f"{c.n_params:,}",
-        "data": f"{c.data_dir}: {len(chunk_steps)} chunks of {min(chunk_steps)} to"
-                f" {max(chunk_steps)} steps, {len(run.manifest['sources'])} sources",
+        "data": f"{c.data_dir}: {len(sizes)} chunks of {min(sizes)} to {max(sizes)} steps"
+                + ("" if manifest else ", not prepared yet"),
         "tokens per step": f"{c.tokens_per_step:,} = {c.global_batch_size} rows of {c.seq_len};"
                            f" {micro_batches(c, world)} micro-batches of {c.micro_batch_size}{how}",
         "steps": f"{last:,} = {last * c.tokens_per_step:,} tokens",
         "FLOPs": f"{per_token:,} per token, {per_token * last * c.tokens_per_step:.3g} in all",
+    }
+    return rows, last
+
+
+def describe(run: Run, backend: str) -> str:
+    """Every number that follows from the settings, before the first step."""
+    c, world = run.config, world_size()
+    memory = memory_estimate(c, run.model.dtype, world, dist.is_initialized())
+    rows = facts(c, run.manifest, world)[0] | {
         "memory": f"about {sum(memory.values()) / 1e9:.2f} GB per process: " + ", ".join(
             f"{kind} {n / 1e9:.2f}" for kind, n in memory.items() if n),
-        "compute": f"{device_name(run.device)}{how}, {str(run.model.dtype)[6:]}, {backend} kernels,"
-                   f" {torch.get_num_threads()} threads, peak"
-                   f" {run.peak_flops / 1e12:.2f} TFLOP/s",
+        "compute": f"{device_name(run.device)}, {str(run.model.dtype)[6:]}, {backend} kernels,"
+                   f" {torch.get_num_threads()} threads, peak {run.peak_flops / 1e12:.2f} TFLOP/s",
     }
     return "\n".join(f"{key:>16}: {value}" for key, value in rows.items())
 
@@ -1077,8 +1095,11 @@ def replay(config: Config, place: int, watchdog: "Watchdog") -> str:
         setattr(config, key, value)
     run = start(config, watchdog)
     run.skipped, run.skipped_steps = manifest["skipped"], set(manifest["skipped_steps"])
-    if earlier := [p for p in range(place) if p not in run.skipped]:
-        before = home / f"ckpt_{earlier[-1]:03d}"
+    _, done = prepare_data.locate(run.manifest, config.global_batch_size, manifest["step"] - 1,
+                                  run.skipped)
+    if begin := manifest["step"] - 1 - done:
+        steps_of = {read_json(p / "manifest.json").get("step"): p for p in checkpoints(home)}
+        before = steps_of.get(begin, Path(f"a checkpoint of step {begin}"))
         if problem := problem_of(before):
             raise SystemExit(f"Chunk {place} cannot be trained again from {before}: {problem}."
                              " (keep_train_state = 0 keeps what is needed for it at all.)")
@@ -1152,32 +1173,29 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    sharded = world > 1 and config.parallel != "ddp"
-    if sharded:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    cpu, mesh = torch.device("cpu"), mesh_of(config, "cpu")
-    with FakeTensorMode():
-        model = build(config, cpu, dtype, mesh)
-        optimizer = make_optimizer(config, model)
-        ids = torch.zeros(config.micro_batch_size, config.seq_len, dtype=torch.int64)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        cpu, mesh = torch.device("cpu"), mesh_of(config, "cpu") if world > 1 else None
+        with FakeTensorMode():
+            model = build(dataclasses.replace(config, compile=False), cpu, dtype, mesh)
+            optimizer = make_optimizer(config, model)
+            ids = torch.zeros(config.micro_batch_size, config.seq_len, dtype=torch.int64)
 
-        def forward_backward() -> None:
-            loss, _ = model(ids, ids)
-            loss.backward()
+            def forward_backward() -> None:
+                loss, _ = model(ids, ids)
+                loss.backward()
 
-        forward_backward()
-        optimizer.step()  # AdamW's state comes into being
-        optimizer.zero_grad()
-        tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
-        if sharded:
-            tracker.track_inputs((ids,))
-        else:
-            tracker.track_external(model, optimizer, ids)
-        with tracker:
-            for _ in range(min(2, micro_batches(config, world))):
-                tracker.reset_mod_stats()
-                forward_backward()
-    if sharded:
+            forward_backward()
+            optimizer.step()  # AdamW's state comes into being
+            optimizer.zero_grad()
+            tracker = FSDPMemTracker(model, optimizer) if mesh else MemTracker()
+            (tracker.track_inputs((ids,)) if mesh
+             else tracker.track_external(model, optimizer, ids))
+            with tracker:
+                for _ in range(min(2, micro_batches(config, world))):
+                    tracker.reset_mod_stats()
+                    forward_backward()
+    finally:
         dist.destroy_process_group()
     found = dict.fromkeys(KINDS.values(), 0.0)
     for kind, n in tracker.get_tracker_snapshot("peak")[cpu].items():
@@ -1189,46 +1207,28 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
 def dry_run(config: Config, world: int, mfu: float) -> str:
     """What a run on `world` GPUs would take, as a table; `mfu` is a guess, Amber's by default."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    n, per_token = micro_batches(config, world), config.flops_per_token(config.seq_len)
     try:
         backend = kernels.use(config.kernels if config.kernels != "auto" else "triton", dry=True)
     except RuntimeError:  # no Triton on this machine: PyTorch's operations keep more
         backend = kernels.use("torch")
-    measured = measure_memory(dataclasses.replace(config, compile=False), dtype, world)
+    prepared = (Path(config.data_dir) / "manifest.json").exists()
+    manifest = data_for(config) if prepared else None
+    rows, steps = facts(config, manifest, world)
+    measured = measure_memory(config, dtype, world)
     formula = memory_estimate(config, dtype, world, world > 1)
-    if (Path(config.data_dir) / "manifest.json").exists():
-        manifest = data_for(config)
-        total = prepare_data.total_steps(manifest, config.global_batch_size)
-        chunks, data = len(manifest["chunks"]), "as prepared, fits this config"
-    else:
-        chunks, data = config.n_chunks, "not prepared yet"
-        total = chunks * (config.rows_per_chunk // config.global_batch_size)
-        if not total:
-            data += "; without rows_per_chunk the number of steps is not known"
-    last = min(total, config.max_steps or total)
-    peak = config.peak_tflops or 312
+    peak, per_token = config.peak_tflops or 312, config.flops_per_token(config.seq_len)
     speed = mfu * peak * 1e12 * world / per_token
-    days = last * config.tokens_per_step / speed / 86400
-    weights = 4 * config.n_params
-    kept = config.keep_train_state or chunks
-    how = f" x {world}, {config.parallel}" if world > 1 else ""
-    if config.parallel == "hsdp" and world > 1:
-        how += f" in groups of {shard_size(config, world)}"
-    rows = {
-        "parameters": f"{config.n_params:,}",
-        "data": f"{config.data_dir}: {chunks} chunks, {data}",
-        "tokens per step": f"{config.tokens_per_step:,} = {config.global_batch_size} rows of"
-                           f" {config.seq_len}; {n} micro-batches of {config.micro_batch_size}"
-                           + how,
-        "steps": f"{last:,} = {last * config.tokens_per_step:,} tokens",
-        "FLOPs": f"{per_token:,} per token, {per_token * last * config.tokens_per_step:.3g} in all",
+    days = steps * config.tokens_per_step / speed / 86400
+    weights, n = 4 * config.n_params, len(manifest["chunks"]) if manifest else config.n_chunks
+    kept = min(n, config.keep_train_state or n)
+    rows |= {
         "time": f"{days:.1f} days at {speed:,.0f} tokens/s, if MFU is {mfu:.1%}"
                 f" ({mfu * 6 * config.n_params / per_token:.1%} by 6 FLOPs a parameter) of"
                 f" {peak:g} TFLOP/s (--mfu=, --peak_tflops=)",
         "checkpoint": f"{weights / 1e9:.1f} GB of weights, {2 * weights / 1e9:.1f} GB of optimizer"
-                      f" state; {3 * weights / 1e9:,.0f} s for every GB/s that storage takes",
-        "all checkpoints": f"{(chunks * weights + kept * 2 * weights) / 1e12:.2f} TB: {chunks},"
-                           f" {kept} of them with optimizer state",
+                      f" state; {3 * weights / 1e9:,.0f} s at 1 GB/s",
+        "all checkpoints": f"{(n + 2 * kept) * weights / 1e12:.2f} TB: {n}, {kept} of them with"
+                           " optimizer state",
     }
     lines = [f"{key:>16}: {value}" for key, value in rows.items()]
     lines += ["", f"{'GB per GPU at the peak':>30} {'measured':>9} {'formula':>9}"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -235,6 +236,115 @@ def test_two_processes_on_one_run_are_refused(home: Path, tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match="is in use by another process"):
         run(home, tmp_path / "run")
     lock.close()
+
+
+# ---- a chunk or a step left out
+
+
+def test_a_skipped_chunk_is_made_up_for_and_the_ledger_is_all_it_takes(
+        home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in chunk 1 wherever it is met, in chunk 0 when it is met again, later in the run."""
+    plain, bad = train.train_step, {8: 1, 14: 1}  # step -> times
+
+    def poisoned(run: train.Run, *rest: Any) -> dict[str, Any]:
+        if bad.get(run.step + 1):
+            bad[run.step + 1] -= 1
+            raise train.NonFinite("loss nan, gradient norm nan", np.ones(8, dtype=bool))
+        return plain(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    run(home, tmp_path / "run", on_nonfinite="skip_chunk", save_minutes=1e-9)
+    monkeypatch.undo()
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["chunk"] for r in records] == [0] * 6 + [2] * 12
+    assert [p.name for p in train.checkpoints(tmp_path / "run") if "ckpt" in p.name] == [
+        "ckpt_000", "ckpt_002", "ckpt_005"]
+    ledger = train.read_records(tmp_path / "run/ledger.jsonl")
+    skips = [r for r in ledger if r["event"] == "skip_chunk"]
+    assert [(r["place"], r["chunk"], r["step"]) for r in skips] == [(1, 1, 7), (3, 0, 13)]
+    assert len(skips[0]["rows"]["rank 0"]) == 8
+    (tmp_path / "again").mkdir()
+    for skip in skips:
+        train.append_record(tmp_path / "again/ledger.jsonl", skip)
+    for last in (9, 14, 0):
+        run(home, tmp_path / "again", max_steps=last)
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    train.main(argv(home, tmp_path / "run", replay=5))
+    config, _ = load(argv(home, tmp_path / "run"))
+    manifest = prepare_data.load_manifest(config.data_dir)
+    assert prepare_data.skipped_places(config.run_dir) == [1, 3]
+    assert prepare_data.locate(manifest, 8, 12, [1, 3]) == (5, 0)
+    with pytest.raises(SystemExit, match="3 chunks are left out"):
+        prepare_data.locate(manifest, 8, 12, [1, 3, 5])
+    short = tmp_path / "short"
+    short.mkdir()
+    train.append_record(short / "ledger.jsonl", skips[0])
+    run(home, short, make_up=False)
+    assert [r["chunk"] for r in metrics(short)] == [0] * 6 + [2] * 6
+
+
+def test_a_skipped_step_stays_skipped(home: Path, tmp_path: Path) -> None:
+    for name, stops in (("run", (0,)), ("again", (2, 4, 0))):
+        (tmp_path / name).mkdir()
+        train.append_record(tmp_path / name / "ledger.jsonl", {"event": "skip_step", "step": 2})
+        for last in stops:
+            run(home, tmp_path / name, max_steps=last)
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    assert [r["step"] for r in metrics(tmp_path / "run") if "skipped" in r] == [3]
+
+
+# ---- replay and dry run
+
+
+def test_replay(home: Path, straight: Path, tmp_path: Path,
+                capsys: pytest.CaptureFixture) -> None:
+    for chunk, before in ((0, "the initial weights"), (2, "ckpt_001")):
+        train.main(argv(home, straight, replay=chunk, learning_rate=2e-2))  # the run's own counts
+        text = capsys.readouterr().out
+        assert re.search(rf"ckpt_00{chunk} is what chunk {chunk} makes of \S*{before}: 8\d tensors,"
+                         " bit for bit", text)
+    other = run(home, tmp_path / "other", learning_rate=9e-3, max_steps=6)
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/ckpt_000")
+    shutil.copytree(other / "ckpt_000", tmp_path / "run/ckpt_000")
+    with pytest.raises(SystemExit, match=r"is not what chunk 1 makes of .*ckpt_000 here: \d+ of 8\d"
+                                         r" tensors differ, the first is model/.*, by up to \d"):
+        train.main(argv(home, tmp_path / "run", replay=1))
+    shutil.rmtree(tmp_path / "run/ckpt_000/train_state")
+    with pytest.raises(SystemExit, match="ckpt_000: train_state is missing.*keep_train_state"):
+        train.main(argv(home, tmp_path / "run", replay=1))
+    with pytest.raises(SystemExit, match="ckpt_007 cannot be replayed: manifest.json is missing"):
+        train.main(argv(home, tmp_path / "run", replay=7))
+
+
+def test_dry_run_of_amber_is_amber(capsys: pytest.CaptureFixture) -> None:
+    """582.4k tokens/s on 224 A100, 25 days (paper); 762 steps in each of 360 chunks."""
+    pytest.importorskip("triton")
+    train.main(["configs/amber_7b.py", "--dry_run", "--world_size=224"])
+    text = capsys.readouterr().out
+    numbers = re.search(r"time: ([\d.]+) days at ([\d,]+) tokens/s", text)
+    assert float(numbers[1]) == pytest.approx(25.0, rel=0.01)
+    assert int(numbers[2].replace(",", "")) == pytest.approx(582_400, rel=0.01)
+    assert "6,738,415,616" in text and "274,320 = 1,258,448,486,400 tokens" in text
+    measured, formula = map(float, re.search(r"in all +(\S+) +(\S+)", text).groups())
+    assert formula == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"},
+    {"parallel": "hsdp", "shard_size": 2}, {"parallel": "ddp"}, {"micro_batch_size": 8}])
+def test_memory_formula_and_measured_memory_agree(settings: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    config, _ = load(["configs/amber_125m.py", "--num_hidden_layers=8", *(
+        f"--{k}={v}" for k, v in settings.items())])
+    train.kernels.use("triton", dry=True)
+    try:
+        measured = train.measure_memory(config, torch.bfloat16, 16)
+    finally:
+        train.kernels.use("auto")
+    formula = train.memory_estimate(config, torch.bfloat16, 16, True)
+    assert sum(formula.values()) == pytest.approx(sum(measured.values()), rel=0.25)
 
 
 # ---- damaged
