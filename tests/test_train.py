@@ -341,9 +341,9 @@ def test_memory_formula_and_measured_memory_agree(settings: dict[str, Any]) -> N
     train.kernels.use("triton", dry=True)
     try:
         measured = train.measure_memory(config, torch.bfloat16, 16)
+        formula = train.memory_estimate(config, torch.bfloat16, 16, True)
     finally:
         train.kernels.use("auto")
-    formula = train.memory_estimate(config, torch.bfloat16, 16, True)
     assert sum(formula.values()) == pytest.approx(sum(measured.values()), rel=0.25)
 
 
