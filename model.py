@@ -1,4 +1,5 @@
 """Amber's network: LLaMA. Pre-norm blocks, rotary attention, SwiGLU, no biases, untied head.
+What Crystal chooses otherwise is a table in configs.ModelConfig, Amber's values its defaults.
 
 Parameters have Hugging Face's names and layout, so LLM360's published weights load as they are and
 ours load in transformers. They are float32 always; `dtype` is what the arithmetic is done in: each
@@ -8,7 +9,9 @@ B batch, T positions, S cached + new positions, D hidden, H query heads, K key/v
 h head size, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +22,14 @@ from configs import ModelConfig
 
 
 class Linear(nn.Linear):
-    """x (..., in) -> (..., out), without bias; the float32 weight is cast to x's type."""
+    """x (..., in) -> (..., out); the float32 weight (and bias) is cast to x's type."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +42,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var) * weight + bias over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 class KVCache:
@@ -61,19 +81,20 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.layer, self.head_dim, self.interleaved = layer, c.head_dim, c.rotary_interleaved
+        self.scale = c.head_dim**-c.attention_scale_power
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = kernels.rope(q, k, cos, sin)
+        q, k = kernels.rope(q, k, cos, sin, self.interleaved)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(kernels.attention(q, k, v).flatten(2))
+        return self.o_proj(kernels.attention(q, k, v, self.scale).flatten(2))
 
 
 class MLP(nn.Module):
@@ -81,9 +102,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -92,9 +113,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -110,12 +131,12 @@ class Decoder(nn.Module):
         self.config, self.dtype = c, dtype
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         cos, sin = rotary_table(self.config, start, ids.shape[1], ids.device)
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = (self.embed_tokens(ids) * self.config.embedding_scale).to(self.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
         if cache is not None:
@@ -124,14 +145,15 @@ class Decoder(nn.Module):
 
 
 def rotary_table(c: ModelConfig, start: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, h/2) of positions start ... start + n - 1.
+    """cos and sin (n, R/2) of positions start ... start + n - 1; R of h dimensions turn.
 
     Computed in float32 at every forward: a stored table would follow the model into bfloat16,
     where positions beyond 256 are no longer whole numbers (Amber's own runs cast it so).
     """
-    pairs = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    size = c.rotary_dim or c.head_dim
+    pairs = torch.arange(0, size, 2, device=device, dtype=torch.float32)
     position = torch.arange(start, start + n, device=device, dtype=torch.float32)
-    angle = torch.outer(position, c.rope_theta ** (-pairs / c.head_dim))
+    angle = torch.outer(position, c.rope_theta ** (-pairs / size))
     return angle.cos(), angle.sin()
 
 
@@ -147,18 +169,47 @@ class LLaMA(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range) everywhere, no scaling with depth (Amber's), ones in the norms.
+        """Normal matrices of `initial_deviation`, ones in the norms, zeros in the biases.
 
         Every tensor has a stream of its own on the CPU: the values do not depend on the device,
         nor, in a sharded model, on which tensors a process holds.
         """
-        for i, parameter in enumerate(self.parameters()):
+        for i, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0 if name.endswith("bias") else 1)
+                continue
+            stream = torch.Generator().manual_seed((seed << 16) + i)
+            values = torch.empty(parameter.shape)
+            if self.config.init_truncated:
+                nn.init.trunc_normal_(values, a=-2, b=2, generator=stream)
             else:
-                stream = torch.Generator().manual_seed((seed << 16) + i)
-                values = torch.empty(parameter.shape).normal_(generator=stream)
-                parameter.data.copy_(values.mul_(self.config.initializer_range))
+                values.normal_(generator=stream)
+            parameter.data.copy_(values.mul_(self.initial_deviation(name)))
+
+    def initial_deviation(self, name: str) -> float:
+        """Standard deviation of a matrix before training: Amber's is the same for all of them.
+
+        muP shrinks the hidden ones with the root of the width (Yang et al. 2022, table 8), and
+        init_by_depth what a block adds to the residual stream (as GPT-2).
+        """
+        c = self.config
+        if not is_hidden(name):
+            return c.initializer_range
+        deviation = c.initializer_range * math.sqrt(c.width_scale)
+        if c.init_by_depth and name.endswith(("o_proj.weight", "down_proj.weight")):
+            deviation /= math.sqrt(2 * c.num_hidden_layers)
+        return deviation
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: [{"params": [...], "lr_scale": factor of the learning rate}].
+
+        One group without muP; with it the hidden matrices are the second, at the width scale.
+        """
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            scale = self.config.width_scale if is_hidden(name) else 1.0
+            by_scale.setdefault(scale, []).append(parameter)
+        return [{"params": group, "lr_scale": scale} for scale, group in by_scale.items()]
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 last: int = 0) -> Tensor | tuple[Tensor, Tensor]:
@@ -167,7 +218,7 @@ class LLaMA(nn.Module):
         The loss is the mean of the token losses, in nats and float32; the gradient flows through
         it alone. The logits of the whole batch never exist at once.
         """
-        x = self.model(ids, cache)
+        x = self.model(ids, cache) * (self.config.logit_scale * self.config.width_scale)
         if targets is None:
             return self.lm_head(x[:, -last:])
         weight = self.lm_head.weight.to(x.dtype)
@@ -219,6 +270,63 @@ class LLaMA(nn.Module):
             text = [int(c[row]) for c in columns][len(prompt) - shortest :][:max_new_tokens]
             texts.append(text[: text.index(eos_id) + 1] if eos_id in text else text)
         return texts
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a parameter is a matrix of a block: both its sides grow with the width."""
+    return ".layers." in name and name.endswith("proj.weight")
+
+
+# LLM360/CrystalCoder has GPT-2's names, c_fc2 for the gate: so say the index of its weights
+# and LLM360's conversion of them (crystalcoder-train, finetune/Megatron-LM). Its modeling file
+# is on the hub alone: that the weights give one text here and there has not been tried.
+CRYSTAL_BLOCK = {
+    "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
+    "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+    "mlp.gate_proj": "mlp.c_fc2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+
+
+def crystal_names(c: ModelConfig) -> dict[str, str]:
+    """{our parameter: LLM360/CrystalCoder's}; theirs has q, k and v in one."""
+    names = {"model.embed_tokens.weight": "transformer.wte.weight",
+             "model.norm.weight": "transformer.ln_f.weight",
+             "model.norm.bias": "transformer.ln_f.bias", "lm_head.weight": "lm_head.weight"}
+    return names | {f"model.layers.{i}.{ours}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+                    for i in range(c.num_hidden_layers)
+                    for ours, theirs in CRYSTAL_BLOCK.items() for kind in ("weight", "bias")}
+
+
+def from_crystal(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors of those of (a part of) CrystalCoder's; its matrices are (in, out)."""
+    found, kv = {}, c.num_key_value_heads * c.head_dim
+    for ours, name in crystal_names(c).items():
+        if name in theirs:
+            found[ours] = theirs[name].T if is_hidden(ours) else theirs[name]
+            if "c_attn" in name:
+                qkv = found[ours].split((c.hidden_size, kv, kv))
+                found[ours] = qkv["qkv".index(ours.split(".")[-2][0])]
+    return found
+
+
+def to_crystal(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CrystalCoder's tensors of a whole state of ours."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, theirs in crystal_names(c).items():
+        parts.setdefault(theirs, []).append(ours[name].T if is_hidden(name) else ours[name])
+    return {theirs: torch.cat(part, -1) for theirs, part in parts.items()}
+
+
+def crystal_config(c: ModelConfig) -> dict[str, Any]:
+    """What CrystalCoder's config.json says of the same network."""
+    return {"n_embd": c.hidden_size, "n_inner": c.intermediate_size,
+            "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
+            "vocab_size": c.vocab_size, "layer_norm_epsilon": c.rms_norm_eps,
+            "rotary_dim": c.rotary_dim, "position_embedding_type": "rotary",
+            "activation_function": "swiglu",
+            "tie_word_embeddings": c.tie_word_embeddings, "mup_width_scale": c.width_scale,
+            "mup_embeddings_scale": c.embedding_scale, "mup_output_alpha": c.logit_scale,
+            "mup_scale_qk_dot_by_d": c.attention_scale_power == 1}
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,

@@ -168,7 +168,9 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     """Rate of step `step` (from 1) of `total`: linear warm-up, then cosine, linear or constant.
 
     Amber computes the rate before it counts the step: warmup_offset = 0 (amber-train main.py).
+    A schedule of its own length (schedule_steps) may end before the data, or after.
     """
+    total = config.schedule_steps or total
     position = step - 1 + config.warmup_offset
     if position < config.warmup_steps:
         return config.learning_rate * position / config.warmup_steps
@@ -215,7 +217,7 @@ def train_step(run: Run, rows: np.ndarray, rate: float) -> dict[str, Any]:
         run.optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     names = [s["name"] for s in run.manifest["sources"]]
@@ -353,8 +355,8 @@ def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
     if problem := problem_of(checkpoint, ("model",)):
         raise SystemExit(f"{checkpoint} is not a usable checkpoint: {problem}.")
     manifest = read_json(checkpoint / "manifest.json")
-    for f in fields(ModelConfig):
-        theirs, ours = manifest["config"][f.name], getattr(model.config, f.name)
+    for f in fields(ModelConfig):  # a setting younger than the checkpoint had its default then
+        theirs, ours = manifest["config"].get(f.name, f.default), getattr(model.config, f.name)
         if theirs != ours and f.name != "initializer_range":
             raise SystemExit(f"{checkpoint} has {f.name} = {theirs}, this config {ours}.")
     dcp.load(model.state_dict(), checkpoint_id=checkpoint / "model", no_dist=True)
@@ -433,6 +435,7 @@ def resume(run: Run) -> list[str]:
     if c.init_from:
         source = load_weights(run.model, c.init_from)
         run.started_from = {"path": c.init_from, "step": source["step"], "tokens": source["tokens"],
+                            "data_sha256": source.get("data_sha256"),
                             "sha256": identity(Path(c.init_from))}
         notes.append(f"Weights from {c.init_from}.")
     return notes
@@ -598,8 +601,9 @@ def start(config: Config) -> tuple[Run, int]:
     if config.compile:
         for block in model.model.layers:
             block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(config.adam_beta1, config.adam_beta2),
-                                  eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(), betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
     run = Run(config, manifest, model, optimizer, device, peak_flops(config, device, dtype))
     return run, total
 
