@@ -1,6 +1,6 @@
 """Does the best learning rate stay put when the network gets wider? With muP and without.
 
-    python tests/mup_sweep.py             # about ten minutes on two cores; needs matplotlib
+    python tests/mup_sweep.py             # 23M tokens, minutes on idle cores; needs matplotlib
     python tests/mup_sweep.py --draw      # the picture again, from what was measured
 
 Crystal's network in four widths, trained for 200 steps on the data of
