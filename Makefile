@@ -1,5 +1,6 @@
 # make         prepare data, train a small Amber, evaluate it, see what it memorized: minutes on a
 #              laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
+# make crystal the same for Crystal: three stages, each going on from the one before
 # make test    the tests
 # make bench   speed against other code, as ratios
 # make clean   remove data/ and runs/
@@ -12,6 +13,10 @@ run: .venv/run.installed
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
 	@$(PY) memorize.py $(CONFIG) --rows=100
+
+crystal: .venv/run.installed
+	@for stage in 1 2 3; do for step in prepare_data train eval; do \
+	  $(PY) $$step.py configs/crystal_tiny_stage$$stage.py || exit; done; done
 
 test: .venv/dev.installed
 	@$(PY) -m ruff check .
@@ -35,5 +40,5 @@ bench: .venv/dev.installed
 clean:
 	rm -rf data runs
 
-.PHONY: run test bench clean
+.PHONY: run crystal test bench clean
 .DELETE_ON_ERROR:

@@ -5,7 +5,8 @@
     python eval.py configs/amber_tiny.py --prompt="def main("    # text from the newest checkpoint
 
 Results are appended to runs/NAME/eval.jsonl, one line per checkpoint, as they come; with matplotlib
-installed the curves are drawn to runs/NAME/curves.png.
+installed the curves are drawn to runs/NAME/curves.png, and those of a run that goes on from
+another (Crystal's stages) together with that one's to runs/NAME/stages.png.
 """
 
 import math
@@ -133,6 +134,51 @@ def draw(run_dir: str, results: list[dict[str, Any]]) -> Path | None:
     return path
 
 
+def stages(run_dir: str) -> list[tuple[Path, int]]:
+    """A run and those it goes on from, oldest first: (directory, tokens seen before it began).
+
+    As the newest checkpoint of each tells in `started_from`; a chain ends where no run is.
+    """
+    runs, before = [Path(run_dir)], []
+    while found := train.checkpoints(runs[0]):
+        origin = train.read_json(found[-1] / "manifest.json").get("started_from", {})
+        before.insert(0, origin.get("tokens") or 0)
+        if not origin or Path(origin["path"]).parent in runs:
+            break
+        runs.insert(0, Path(origin["path"]).parent)
+    runs = runs[len(runs) - len(before) :]
+    return [(run, sum(before[: i + 1])) for i, run in enumerate(runs)]
+
+
+def draw_stages(runs: list[tuple[Path, int]]) -> Path:
+    """Bits per byte over the tokens of all stages, a panel per source (needs matplotlib)."""
+    from matplotlib import pyplot
+    curves: list[list[tuple[float, dict[str, Any]]]] = []
+    for run, before in runs:
+        results = train.read_records(run / "eval.jsonl")
+        now = {p.name: train.identity(p) for p in train.checkpoints(run)}
+        points = [((before + r["tokens"]) / 1e6, r["valid"]) for r in results
+                  if r["tokens"] and now.get(r["checkpoint"]) == r["of"]["weights"]]
+        begun = [p for curve in curves for p in curve if p[0] == before / 1e6][-1:]
+        curves.append(begun + sorted(points, key=lambda p: p[0]))
+    names = list(curves[-1][-1][1])
+    figure, axes = pyplot.subplots(1, len(names), figsize=(1 + 1.9 * len(names), 2.8),
+                                   layout="constrained", squeeze=False)
+    for name, panel in zip(names, axes[0]):
+        for (run, _), curve in zip(runs, curves):
+            known = [(x, valid[name]["bits_per_byte"]) for x, valid in curve if name in valid]
+            x, y = zip(*known) if known else ((), ())
+            panel.plot(x, y, marker=".", label=run.name)
+        panel.set(title=name)
+    axes[0][0].set(xlabel="tokens, millions", ylabel="bits per byte")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(runs), fontsize="small")
+    path = runs[-1][0] / "stages.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
 def smooth(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """Means of `window` neighbouring points."""
     groups = [points[i : i + window] for i in range(0, len(points), window)]
@@ -161,6 +207,8 @@ def main(argv: list[str]) -> None:
     print(report(config, results, text, next(a for a in argv if not a.startswith("-"))))
     if picture := draw(config.run_dir, results):
         print(f"Curves: {picture}")
+        if len(runs := stages(config.run_dir)) > 1:
+            print(f"Stages: {draw_stages(runs)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Amber's network: LLaMA. Pre-norm blocks, rotary attention, SwiGLU, no biases, untied head.
+What Crystal chooses otherwise is a table in configs.ModelConfig, Amber's values its defaults.
 
 Parameters have Hugging Face's names and layout, so LLM360's published weights load as they are and
 ours load in transformers. They are float32 always; `dtype` is what the arithmetic is done in: each
@@ -15,6 +16,8 @@ write a checkpoint as a Hugging Face directory, with the tokenizer of its data.
 
 import argparse
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,13 +37,14 @@ from configs import ModelConfig
 
 
 class Linear(nn.Linear):
-    """x (..., in) -> (..., out), without bias; the float32 weight is cast to x's type."""
+    """x (..., in) -> (..., out); the float32 weight (and bias) is cast to x's type."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +57,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var) * weight + bias over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 class KVCache:
@@ -76,19 +96,20 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.layer, self.head_dim, self.interleaved = layer, c.head_dim, c.rotary_interleaved
+        self.scale = c.head_dim**-c.attention_scale_power
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = kernels.rope(q, k, cos, sin)
+        q, k = kernels.rope(q, k, cos, sin, self.interleaved)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(kernels.attention(q, k, v).flatten(2))
+        return self.o_proj(kernels.attention(q, k, v, self.scale).flatten(2))
 
 
 class MLP(nn.Module):
@@ -96,9 +117,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -107,9 +128,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -125,12 +146,12 @@ class Decoder(nn.Module):
         self.config, self.dtype = c, dtype
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = NORMS[c.norm](c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         cos, sin = rotary_table(self.config, start, ids.shape[1], ids.device)
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = (self.embed_tokens(ids) * self.config.embedding_scale).to(self.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
         if cache is not None:
@@ -139,14 +160,15 @@ class Decoder(nn.Module):
 
 
 def rotary_table(c: ModelConfig, start: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, h/2) of positions start ... start + n - 1.
+    """cos and sin (n, R/2) of positions start ... start + n - 1; R of h dimensions turn.
 
     Computed in float32 at every forward: a stored table would follow the model into bfloat16,
     where positions beyond 256 are no longer whole numbers (Amber's own runs cast it so).
     """
-    pairs = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    size = c.rotary_dim or c.head_dim
+    pairs = torch.arange(0, size, 2, device=device, dtype=torch.float32)
     position = torch.arange(start, start + n, device=device, dtype=torch.float32)
-    angle = torch.outer(position, c.rope_theta ** (-pairs / c.head_dim))
+    angle = torch.outer(position, c.rope_theta ** (-pairs / size))
     return angle.cos(), angle.sin()
 
 
@@ -162,18 +184,47 @@ class LLaMA(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range) everywhere, no scaling with depth (Amber's), ones in the norms.
+        """Normal matrices of `initial_deviation`, ones in the norms, zeros in the biases.
 
         Every tensor has a stream of its own on the CPU: the values do not depend on the device,
         nor, in a sharded model, on which tensors a process holds.
         """
-        for i, parameter in enumerate(self.parameters()):
+        for i, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0 if name.endswith("bias") else 1)
+                continue
+            stream = torch.Generator().manual_seed((seed << 16) + i)
+            values = torch.empty(parameter.shape)
+            if self.config.init_truncated:
+                nn.init.trunc_normal_(values, a=-2, b=2, generator=stream)
             else:
-                stream = torch.Generator().manual_seed((seed << 16) + i)
-                values = torch.empty(parameter.shape).normal_(generator=stream)
-                fill(parameter, values.mul_(self.config.initializer_range))
+                values.normal_(generator=stream)
+            fill(parameter, values.mul_(self.initial_deviation(name)))
+
+    def initial_deviation(self, name: str) -> float:
+        """Standard deviation of a matrix before training: Amber's is the same for all of them.
+
+        muP shrinks the hidden ones with the root of the width (Yang et al. 2022, table 8), and
+        init_by_depth what a block adds to the residual stream (as GPT-2).
+        """
+        c = self.config
+        if not is_hidden(name):
+            return c.initializer_range
+        deviation = c.initializer_range * math.sqrt(c.width_scale)
+        if c.init_by_depth and name.endswith(("o_proj.weight", "down_proj.weight")):
+            deviation /= math.sqrt(2 * c.num_hidden_layers)
+        return deviation
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: [{"params": [...], "lr_scale": factor of the learning rate}].
+
+        One group without muP; with it the hidden matrices are the second, at the width scale.
+        """
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            scale = self.config.width_scale if is_hidden(name) else 1.0
+            by_scale.setdefault(scale, []).append(parameter)
+        return [{"params": group, "lr_scale": scale} for scale, group in by_scale.items()]
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 last: int = 0) -> Tensor | tuple[Tensor, Tensor]:
@@ -182,7 +233,7 @@ class LLaMA(nn.Module):
         The loss is the mean of the token losses, in nats and float32; the gradient flows through
         it alone. The logits of the whole batch never exist at once.
         """
-        x = self.model(ids, cache)
+        x = self.model(ids, cache) * (self.config.logit_scale * self.config.width_scale)
         if targets is None:
             return self.lm_head(x[:, -last:])
         weight = self.lm_head.weight.to(x.dtype)
@@ -236,6 +287,11 @@ class LLaMA(nn.Module):
         return texts
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a parameter is a matrix of a block: both its sides grow with the width."""
+    return ".layers." in name and name.endswith("proj.weight")
+
+
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
            random: torch.Generator) -> Tensor:
     """One token per row of logits (B, V): the best at temperature 0, else drawn from the best.
@@ -257,6 +313,9 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
 # ---------------------------------------------------------------------------------------------
 # Hugging Face directories: weights in and out
 
+OURS_ALONE = ("norm", "bias", "rotary_dim", "rotary_interleaved", "attention_scale_power",
+              "embedding_scale", "logit_scale", "base_hidden_size", "init_truncated",
+              "init_by_depth")  # settings that transformers' LLaMA does not have
 TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
          "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -272,6 +331,63 @@ def fill(parameter: Tensor, values: Tensor) -> None:
                                    src_data_rank=None).to_local()
         parameter = parameter.to_local()
     parameter.copy_(values)
+
+
+# LLM360/CrystalCoder has GPT-2's names, c_fc2 for the gate: so say the index of its weights
+# and LLM360's conversion of them (crystalcoder-train, finetune/Megatron-LM). Its modeling file
+# is on the hub alone: that the weights give one text here and there has not been tried.
+CRYSTAL_BLOCK = {
+    "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
+    "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+    "mlp.gate_proj": "mlp.c_fc2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+
+
+def crystal_names(c: ModelConfig) -> dict[str, str]:
+    """{our parameter: LLM360/CrystalCoder's}; theirs has q, k and v in one."""
+    names = {"model.embed_tokens.weight": "transformer.wte.weight",
+             "model.norm.weight": "transformer.ln_f.weight",
+             "model.norm.bias": "transformer.ln_f.bias", "lm_head.weight": "lm_head.weight"}
+    return names | {f"model.layers.{i}.{ours}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+                    for i in range(c.num_hidden_layers)
+                    for ours, theirs in CRYSTAL_BLOCK.items() for kind in ("weight", "bias")}
+
+
+def from_crystal(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors of those of (a part of) CrystalCoder's; its matrices are (in, out)."""
+    found, kv = {}, c.num_key_value_heads * c.head_dim
+    for ours, name in crystal_names(c).items():
+        if name in theirs:
+            found[ours] = theirs[name].T if is_hidden(ours) else theirs[name]
+            if "c_attn" in name:
+                qkv = found[ours].split((c.hidden_size, kv, kv))
+                found[ours] = qkv["qkv".index(ours.split(".")[-2][0])]
+    return found
+
+
+def to_crystal(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CrystalCoder's tensors of (a part of) ours."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, theirs in crystal_names(c).items():
+        if name in ours:
+            parts.setdefault(theirs, []).append(ours[name].T if is_hidden(name) else ours[name])
+    return {theirs: torch.cat(part, -1) for theirs, part in parts.items()}
+
+
+def is_crystal(c: ModelConfig) -> bool:
+    return c.norm == "layernorm"
+
+
+def crystal_config(c: ModelConfig) -> dict[str, Any]:
+    """What CrystalCoder's config.json says of the same network."""
+    return {"n_embd": c.hidden_size, "n_inner": c.intermediate_size,
+            "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
+            "vocab_size": c.vocab_size, "layer_norm_epsilon": c.rms_norm_eps,
+            "rotary_dim": c.rotary_dim, "position_embedding_type": "rotary",
+            "activation_function": "swiglu",
+            "tie_word_embeddings": c.tie_word_embeddings, "mup_width_scale": c.width_scale,
+            "mup_embeddings_scale": c.embedding_scale, "mup_output_alpha": c.logit_scale,
+            "mup_scale_qk_dot_by_d": c.attention_scale_power == 1}
 
 
 def is_hugging_face(directory: Path) -> bool:
@@ -292,10 +408,10 @@ def load_hugging_face(model: LLaMA, directory: Path) -> None:
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     missing = dict.fromkeys(weights)
-    for name, values in published_tensors(directory):
+    for name, values in in_our_names(model.config, published_tensors(directory)):
         missing.pop(name, None)
-        if name not in weights:  # old exports carry the rotary table, some a tied head
-            known = "rotary_emb" in name or name == "lm_head.weight"
+        if name not in weights:  # old exports carry rotary tables and masks, some a tied head
+            known = re.search(r"rotary_emb|attn\.(masked_)?bias$|^lm_head\.weight$", name)
             problems += [f"{name} is unknown"] * (not known)
         elif weights[name].shape != values.shape:
             problems.append(f"{name} is {tuple(values.shape)} there,"
@@ -303,6 +419,14 @@ def load_hugging_face(model: LLaMA, directory: Path) -> None:
         else:
             fill(weights[name], values)
     refuse(problems + [f"{name} is missing" for name in missing])
+
+
+def in_our_names(c: ModelConfig, published: Iterator[tuple[str, Tensor]]
+                 ) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a published directory under our names; those that have none keep theirs."""
+    for name, values in published:
+        ours = from_crystal(c, {name: values}) if is_crystal(c) else {}
+        yield from (ours or {name: values}).items()
 
 
 def config_problems(c: ModelConfig, directory: Path) -> list[str]:
@@ -313,6 +437,10 @@ def config_problems(c: ModelConfig, directory: Path) -> list[str]:
         rope_type = rope.get("rope_type", rope.get("type"))
     except (OSError, ValueError, AttributeError):
         return ["its config.json cannot be read"]
+    if is_crystal(c):
+        ours = crystal_config(c)
+        return [f"{name} is {said.get(name)!r} there, {value!r} here"
+                for name, value in ours.items() if said.get(name, value) != value]
     if (kind := said.get("model_type", "llama")) != "llama":
         return [f"it is a model of type {kind!r}, and only 'llama' is known here"]
     ours = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
@@ -366,48 +494,63 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, values
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Size], dtype: torch.dtype,
-                      saved: Path) -> None:
-    """Tensors of a checkpoint's model/ (`saved`) as one file, one in memory at a time."""
+def write_safetensors(path: Path, published: dict[str, tuple[torch.Size, list[str]]],
+                      c: ModelConfig, dtype: torch.dtype, saved: Path) -> None:
+    """Tensors of a checkpoint's model/ (`saved`) as one file, one in memory at a time.
+
+    published: {name in the file: (shape, our names of what it consists of)}.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in tensors.items():
+    for name, (shape, _) in published.items():
         begin, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {"dtype": next(n for n, t in TYPES.items() if t == dtype),
                         "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with torch.device("meta"):
+        state = LLaMA(c).state_dict()
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in tensors.items():
-            values = torch.empty(shape)
+        for name, (_, parts) in published.items():
+            ours = {part: torch.empty(state[part].shape) for part in parts}
             try:
-                dcp.load({name: values}, checkpoint_id=saved, no_dist=True)
+                dcp.load(ours, checkpoint_id=saved, no_dist=True)
             except dcp.api.CheckpointException as error:  # around anything, Ctrl-C too
                 raise next(iter(error.failures.values()))[0]
-            f.write(values.to(dtype).view(torch.uint8).numpy())
+            values = to_crystal(c, ours)[name] if is_crystal(c) else ours[name]
+            f.write(values.to(dtype).contiguous().view(torch.uint8).numpy())
+
+
+def published_names(c: ModelConfig) -> dict[str, tuple[torch.Size, list[str]]]:
+    """{name in a Hugging Face directory: (shape, our names of what it consists of)}."""
+    with torch.device("meta"):
+        state = LLaMA(c).state_dict()
+    if c.tie_word_embeddings:
+        del state["lm_head.weight"]
+    theirs = to_crystal(c, state) if is_crystal(c) else state
+    name_of = crystal_names(c) if is_crystal(c) else {name: name for name in state}
+    return {name: (values.shape, [ours for ours in state if name_of[ours] == name])
+            for name, values in theirs.items()}
 
 
 def write_weights(saved: Path, c: ModelConfig, out: Path, dtype: torch.dtype,
                   shard_bytes: float) -> None:
     """A checkpoint's model/ as model.safetensors; larger ones as shards and an index."""
-    with torch.device("meta"):
-        tensors = {name: t.shape for name, t in LLaMA(c).state_dict().items()}
-    if c.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    shards, size = [{}], 0
-    for name, shape in tensors.items():
-        size += shape.numel() * dtype.itemsize
+    tensors, shards, size = published_names(c), [{}], 0
+    for name, about in tensors.items():
+        n_bytes = about[0].numel() * dtype.itemsize
+        size += n_bytes
         if size > shard_bytes and shards[-1]:
-            shards, size = [*shards, {}], shape.numel() * dtype.itemsize
-        shards[-1][name] = shape
+            shards, size = [*shards, {}], n_bytes
+        shards[-1][name] = about
     files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard
              for i, shard in enumerate(shards, 1)}
     if len(shards) == 1:
         files = {"model.safetensors": tensors}
     for file, shard in tqdm(files.items(), desc="writing", unit="file", disable=None):
-        write_safetensors(out / file, shard, dtype, saved)
+        write_safetensors(out / file, shard, c, dtype, saved)
     if len(shards) > 1:
-        total = sum(shape.numel() for shape in tensors.values()) * dtype.itemsize
+        total = sum(shape.numel() for shape, _ in tensors.values()) * dtype.itemsize
         write_json(out / "model.safetensors.index.json", {
             "metadata": {"total_size": total},
             "weight_map": {name: file for file, shard in files.items() for name in shard}})
@@ -437,7 +580,13 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32, data
         raise SystemExit(f"{checkpoint} is not a usable checkpoint: {problem}.")
     manifest = train.read_json(checkpoint / "manifest.json")
     settings, tokenizer, note = manifest["config"], None, ""
-    c = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig)})
+    c = ModelConfig(**{f.name: settings.get(f.name, f.default) for f in fields(ModelConfig)})
+    default = ModelConfig()
+    other = [f"{name} = {getattr(c, name)!r}" for name in OURS_ALONE
+             if getattr(c, name) != getattr(default, name)]
+    if other and not is_crystal(c):
+        raise SystemExit(f"{checkpoint} cannot be published as a LLaMA: {', '.join(other)} is known"
+                         " to no architecture of transformers.")
     place = data_dir or settings["data_dir"]
     if data_dir or Path(place, "manifest.json").exists():
         tokenizer = prepare_data.load_tokenizer(place)
@@ -457,10 +606,14 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32, data
         tmp.mkdir(parents=True)
         write_weights(checkpoint / "model", c, tmp, dtype, shard_bytes)
         # no BOS, said outright: transformers would take LLaMA's 1
-        write_json(tmp / "config.json", {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(c),
-            "max_position_embeddings": settings["seq_len"], "bos_token_id": None,
-            "eos_token_id": eos_id, "torch_dtype": str(dtype)[6:]})
+        said = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **{
+            k: v for k, v in asdict(c).items() if k not in OURS_ALONE},
+            "max_position_embeddings": settings["seq_len"]}
+        if is_crystal(c):  # loads with the modeling file that LLM360/CrystalCoder has on the hub
+            said = {"architectures": ["CrystalCoderLMHeadModel"], "model_type": "crystalcoder",
+                    "n_positions": settings["seq_len"], **crystal_config(c)}
+        write_json(tmp / "config.json", said | {
+            "bos_token_id": None, "eos_token_id": eos_id, "torch_dtype": str(dtype)[6:]})
         write_json(tmp / "generation_config.json", {"eos_token_id": eos_id})
         if tokenizer:
             tokenizer.save_hugging_face(tmp)

@@ -13,6 +13,7 @@ the bytes are the same whatever the number of workers and machines. Knows nothin
 
 import base64
 import contextlib
+import copy
 import errno
 import functools
 import glob
@@ -38,7 +39,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -56,6 +57,9 @@ VERSION = 1  # of the format
 # the settings that decide the bytes of a data set; the manifest keeps them
 SETTINGS = """canaries sources source_weights max_source_bytes tokenized tokenized_valid on_bad_row
     tokenizer vocab_size seq_len n_chunks rows_per_chunk valid_rows seed""".split()
+# and those it keeps only where they are used: Amber's data has none of them
+CRYSTAL_SETTINGS = """source_halves valid_documents crystal_tokens fim_rates
+    fim_spm_rate""".split()
 BLOCK = 4096  # rows in memory at a time: 16 MB at Amber's length
 UNIT_BYTES = 16 << 20  # small files are read together, until they make a unit of work this large
 SAMPLE_BYTES = 10 << 20  # of text, to train a tokenizer on
@@ -70,6 +74,13 @@ BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\
 # No piece of LLaMA's vocabulary crosses these cuts (the constructor checks), so they change no id.
 LLAMA_PATTERN = r" *\p{L}+| *[^ \p{L}\p{Nd}\n]+|\p{Nd}|\n| +"
 EOT = "<|endoftext|>"
+# What Crystal adds to LLaMA's vocabulary, ids 32000 to 32021, in this order: StarCoder's
+# tokens for infilling and the parts of a repository, and those of a chat.
+CRYSTAL_TOKENS = [f"<|{name}|>" for name in """fim_prefix fim_middle fim_suffix fim_pad
+    filename gh_stars issue_start issue_comment issue_closed jupyter_start jupyter_text
+    jupyter_code jupyter_output empty_output commit_before commit_msg commit_after reponame
+    im_start im_end sys_start sys_end""".split()]
+FIM_TOKENS = CRYSTAL_TOKENS[:3]  # before the prefix, the middle and the suffix of a document
 
 
 class Tokenizer:
@@ -79,6 +90,8 @@ class Tokenizer:
     Has eos_id, n_vocab (largest id + 1) and token_bytes, (n_vocab,): UTF-8 bytes of each id, 0
     for specials, which makes bits per byte out of a loss per token.
     """
+
+    added: tuple[str, ...] = ()  # the specials that `add` was given
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]):
         self.kind, self.ranks, self.pattern, self.specials = kind, ranks, pattern, specials
@@ -91,6 +104,16 @@ class Tokenizer:
         self.token_bytes = np.zeros(self.n_vocab, np.int64)
         self.token_bytes[list(pieces)] = [len(piece) for piece in pieces.values()]
         self.pieces = pieces | {i: name.encode() for name, i in self.specials.items()}
+
+    def add(self, names: Collection[str]) -> "Tokenizer":
+        """The same with more specials: ids after all others, and never found in a text."""
+        new, missing = copy.copy(self), [name for name in names if name not in self.specials]
+        fresh = {name: self.n_vocab + i for i, name in enumerate(missing)}
+        new.added, new.specials = (*names,), self.specials | fresh
+        new.n_vocab += len(fresh)
+        new.token_bytes = np.append(self.token_bytes, np.zeros(len(fresh), np.int64))
+        new.pieces = self.pieces | {i: name.encode() for name, i in fresh.items()}
+        return new
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32, no BOS, no EOS; names of specials are ordinary text."""
@@ -107,7 +130,8 @@ class Tokenizer:
         return {"kind": self.kind, "file": file, "sha256": sha256(directory / file),
                 "n_vocab": self.n_vocab, "eos_id": self.eos_id, "bos_id": None,
                 "rule": "no BOS; one EOS after every document",
-                "pattern": self.pattern, "specials": self.specials}
+                "pattern": self.pattern, "specials": self.specials,
+                **({"added": self.added} if self.added else {})}
 
     def write(self, directory: Path) -> str:
         lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in self.ranks.items())
@@ -197,6 +221,7 @@ class LlamaTokenizer(Tokenizer):
         for rank, piece in enumerate(ranked):
             ids = [known[piece]] if piece in known else [spelled[b] for b in piece]
             self.ids[rank, :len(ids)] = ids
+        self.found = added
         self.raw, self.normal = (added_regex(added, normalized) for normalized in (False, True))
         single = {i: bytes([b]) for b, i in enumerate(spelled)}
         self.index({i: p for p, i in known.items()} | single, self.specials["</s>"])
@@ -212,6 +237,16 @@ class LlamaTokenizer(Tokenizer):
                 for j, piece in enumerate(self.normal.split(" " + part.replace("\u2581", " "))):
                     ids.append([self.specials[piece[1:]]] if j % 2 else self.encode_piece(piece))
         return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
+
+    def add(self, names: Collection[str]) -> "Tokenizer":
+        """As `Tokenizer.add`; names that the file has already keep their ids."""
+        new, names = super().add(names), [*names]
+        new.found = [token for token in self.found if token[0] not in names]
+        vocab, order, _ = self.vocabulary
+        new.vocabulary = vocab | new.specials, order, new.found + [
+            (name, new.specials[name], None) for name in names]
+        new.raw, new.normal = (added_regex(new.found, when) for when in (False, True))
+        return new
 
     def encode_piece(self, text: str) -> np.ndarray:
         ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]
@@ -382,7 +417,10 @@ def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 def new_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config asks for; `texts` is read only to train one."""
     kind, _, name = config.tokenizer.partition(":")
-    if kind == "llama":
+    added = CRYSTAL_TOKENS if config.crystal_tokens else []
+    if kind == "data":
+        tokenizer = load_tokenizer(name)
+    elif kind == "llama":
         if not os.path.isfile(name):
             raise SystemExit(f"tokenizer: there is no file {name}; llama:PATH needs the path of"
                              " LLaMA's tokenizer.json or tokenizer.model.")
@@ -400,11 +438,18 @@ def new_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
         tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
                               named._special_tokens)
     else:
-        if config.vocab_size < 257:
+        specials = [EOT, *added]
+        if config.vocab_size < 256 + len(specials):
             raise SystemExit(f"vocab_size is {config.vocab_size}, but a byte-level tokenizer needs"
-                             " 257 or more: the 256 bytes and the end of a document.")
-        ranks = train_bpe(texts, config.vocab_size - 1)
+                             f" {256 + len(specials)} or more: the 256 bytes and the end of a"
+                             f" document{', and the 22 crystal_tokens' if added else ''}.")
+        ranks = train_bpe(texts, config.vocab_size - len(specials))
         tokenizer = Tokenizer("bpe", ranks, BPE_PATTERN, {EOT: len(ranks)})
+    if added:
+        tokenizer = tokenizer.add(added)
+    if missing := [t for t in FIM_TOKENS if config.fim_rates and t not in tokenizer.specials]:
+        raise SystemExit(f"fim_rates: the tokenizer {config.tokenizer} has no {missing[0]};"
+                         " set crystal_tokens = True.")
     if tokenizer.n_vocab > config.vocab_size:
         raise SystemExit(f"vocab_size is {config.vocab_size}, but the tokenizer {config.tokenizer}"
                          f" has {tokenizer.n_vocab} ids: set vocab_size to at least that.")
@@ -417,11 +462,13 @@ def read_tokenizer(directory: Path, info: str) -> Tokenizer:
     entry = json.loads(info)
     path = directory / entry["file"]
     if path.suffix != ".tiktoken":
-        return LlamaTokenizer(str(path))
-    # not tiktoken's own reader: it caches by path, and would give what was trained there before
-    lines = (line.split() for line in path.read_bytes().splitlines())
-    ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
-    return Tokenizer(entry["kind"], ranks, entry["pattern"], entry["specials"])
+        tokenizer: Tokenizer = LlamaTokenizer(str(path))
+    else:
+        # not tiktoken's own reader: it caches by path, and would give what was trained before
+        lines = (line.split() for line in path.read_bytes().splitlines())
+        ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
+        tokenizer = Tokenizer(entry["kind"], ranks, entry["pattern"], entry["specials"])
+    return tokenizer.add(entry["added"]) if "added" in entry else tokenizer
 
 
 # ---- readers: files to documents
@@ -871,29 +918,68 @@ def plan_units(config: Config, files: dict[str, list[str]]) -> list[tuple[int, s
 
 
 def encode_unit(plan: Plan, unit: tuple[int, str, list[str]]) -> dict[str, Any]:
-    """Files to one part: an EOS after every document, nothing before it (as Amber)."""
+    """Files to one part: an EOS after every document, nothing before it (as Amber).
+
+    What becomes of a document beyond that (left out, held out whole in a part of its own,
+    written for infilling) follows from its text and the settings, whoever reads it and when.
+    """
     index, source, paths = unit
-    tokenizer, dtype = plan.tokenizer, plan.row["token_ids"].base
-    limit = plan.config.max_source_bytes
+    c, tokenizer, dtype = plan.config, plan.tokenizer, plan.row["token_ids"].base
+    half, fim_rate = c.source_halves.get(source), c.fim_rates.get(source, 0)
     eos = np.array([tokenizer.eos_id], dtype).tobytes()
-    documents = size = tokens = 0
+    documents = size = tokens = held_tokens = read = 0
     notes: Counter[str] = Counter()
     texts = itertools.chain.from_iterable(
-        read_documents(path, plan.config.on_bad_row, notes) for path in paths)
-    with writing(plan, part_path(plan, index)) as file:
+        read_documents(path, c.on_bad_row, notes) for path in paths)
+    with (writing(plan, part_path(plan, index)) as file,
+          writing(plan, part_path(plan, ~index)) as held_file):
         for text in texts:
+            data = text.encode()
+            key = zlib.crc32(data)
+            held = c.valid_documents and key // 2 % c.valid_documents == 0
+            if half and not held and half != ("even", "odd")[key % 2]:
+                continue
             ids = tokenizer.encode(text)
-            file.write(ids.astype(dtype).tobytes() + eos)
+            if held:
+                held_file.write(ids.astype(dtype).tobytes() + eos)
+                held_tokens += len(ids) + 1
+            else:
+                if fim_rate:
+                    random = np.random.default_rng([c.seed, key])
+                    ids = infilling(ids, tokenizer, fim_rate, c.fim_spm_rate, random)
+                file.write(ids.astype(dtype).tobytes() + eos)
+                documents, size = documents + 1, size + len(data)
+                tokens += len(ids) + 1
             report(0, len(ids) + 1)
-            documents, tokens = documents + 1, tokens + len(ids) + 1
-            size += len(text.encode())
-            if limit and size >= limit:
+            read += len(data)
+            if c.max_source_bytes and read >= c.max_source_bytes:
                 break
     return {"source": source, "documents": documents, "bytes": size, "tokens": tokens,
-            "repaired": notes.pop("repaired", 0), "dropped": +notes}
+            "held_tokens": held_tokens, "repaired": notes.pop("repaired", 0),
+            "dropped": +notes}
+
+
+def infilling(ids: np.ndarray, tokenizer: Tokenizer, rate: float, spm_rate: float,
+              random: np.random.Generator) -> np.ndarray:
+    """A document's ids, (n,), at `rate` cut in three and written with the middle last.
+
+    Bavarian et al. 2022: prefix-suffix-middle, <PRE> prefix <SUF> suffix <MID> middle, or at
+    `spm_rate` suffix-prefix-middle in the form that shares its tokens with the other (there
+    "variant 2"), <PRE> <SUF> suffix <MID> prefix middle. Cut between tokens, anywhere, and
+    nothing is encoded anew: what is before <SUF>, after <MID> and between is the document.
+    """
+    if random.random() >= rate:
+        return ids
+    first, second = np.sort(random.integers(len(ids) + 1, size=2))
+    prefix, middle, suffix = ids[:first], ids[first:second], ids[second:]
+    pre, mid, suf = ([tokenizer.specials[name]] for name in FIM_TOKENS)
+    if random.random() < spm_rate:
+        prefix, middle = ids[:0], ids[:second]
+    return np.concatenate([pre, prefix, suf, suffix, mid, middle])
 
 
 def part_path(plan: Plan, index: int) -> Path:
+    """The part of a unit, or for ~index (negative) the documents of it that are held out."""
     return plan.work / "parts" / f"{index:05}.bin"
 
 
@@ -985,12 +1071,13 @@ def layout_text(plan: Plan, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
         mine = [(i, p) for i, p in enumerate(parts) if p["source"] == name]
         total = {k: sum(p[k] for _, p in mine)
                  for k in ("documents", "bytes", "tokens", "repaired")}
+        held_tokens = sum(p["held_tokens"] for _, p in mine)
         dropped = sum((Counter(p["dropped"]) for _, p in mine), Counter())
         if not total["documents"]:
             reasons = ", ".join(f"{n} x {reason}" for reason, n in dropped.items())
             raise SystemExit(f"source {name!r} has no documents: {reasons or 'nothing to read'}.")
         rows, times = total["tokens"] // width, c.source_weights.get(name, 1)
-        train = rows - c.valid_rows
+        train = rows - n_held_rows(c)
         # a weight of 2.5 is every row twice, and then half of them
         dealt = int(times) * train + round(times % 1 * train)
         if train < 0 or (times and dealt < c.n_chunks):
@@ -999,9 +1086,14 @@ def layout_text(plan: Plan, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
                 f"source {name!r} is too small: {total['tokens']} tokens make {rows} rows of"
                 f" {width}; valid_rows = {c.valid_rows} and n_chunks = {c.n_chunks} need {least}"
                 f" (weight {times}). Give more text, or lower valid_rows or n_chunks.")
+        if c.valid_documents and held_tokens < width:
+            raise SystemExit(f"source {name!r}: valid_documents = {c.valid_documents} holds"
+                             f" out {held_tokens} tokens, and a row has {width}: lower it.")
         sources.append({"name": name, **total, "rows": rows, "tail_tokens": total["tokens"] % width,
                         "times": times, "dealt": dealt, "dropped": dropped,
-                        "parts": [(i, p["tokens"]) for i, p in mine]})
+                        "parts": [(i, p["tokens"]) for i, p in mine],
+                        "held_parts": [(~i, p["held_tokens"]) for i, p in mine],
+                        "held_rows": held_tokens // width})
     # every chunk gets the same of every source, as in Amber; what does not divide is left out
     cut = shares([s["dealt"] // c.n_chunks for s in sources], c.rows_per_chunk)
     for source, share in zip(sources, cut):
@@ -1030,10 +1122,15 @@ def layout_released(plan: Plan, parts: list[dict[str, Any]]) -> list[dict[str, A
             for name, n in rows.items()]
 
 
+def n_held_rows(config: Config) -> int:
+    """Rows held out of the very stream that is trained on: none if whole documents are."""
+    return 0 if config.valid_documents else config.valid_rows
+
+
 def valid_ids(config: Config, s: int, rows: int) -> np.ndarray:
     """Ids of the rows of source s that are held out, ascending."""
     rng = np.random.default_rng([config.seed, s])
-    return np.sort(rng.choice(rows, config.valid_rows, replace=False))
+    return np.sort(rng.choice(rows, n_held_rows(config), replace=False))
 
 
 def chunk_ids(config: Config, s: int, source: dict[str, Any], chunk: int) -> np.ndarray:
@@ -1041,7 +1138,7 @@ def chunk_ids(config: Config, s: int, source: dict[str, Any], chunk: int) -> np.
 
     Arithmetic rather than a list of all rows, so that a source of any size takes no memory.
     """
-    n, train = config.n_chunks, source["rows"] - config.valid_rows
+    n, train = config.n_chunks, source["rows"] - n_held_rows(config)
     row = chunk + n * np.arange(source["rows_in_chunk"])
     # rows_per_chunk takes evenly from the whole source; without it this changes nothing
     row = row * (source["dealt"] // n) // max(1, source["rows_in_chunk"])
@@ -1094,11 +1191,11 @@ def write_rows(plan: Plan, path: Path, n_rows: int, blocks: Iterable[np.ndarray]
             report(block.nbytes, block["token_ids"].size)
 
 
-def text_blocks(plan: Plan, s: int, source: dict, ids: np.ndarray) -> Iterator[np.ndarray]:
+def text_blocks(plan: Plan, s: int, parts: list, ids: np.ndarray) -> Iterator[np.ndarray]:
     for at in range(0, len(ids), BLOCK):
         block = np.empty(len(ids[at:at + BLOCK]), plan.row)
         block["source"] = s
-        block["token_ids"] = gather(plan, source["parts"], ids[at:at + BLOCK])
+        block["token_ids"] = gather(plan, parts, ids[at:at + BLOCK])
         yield block
 
 
@@ -1125,12 +1222,16 @@ def write_text_unit(plan: Plan, unit: tuple[str, int]) -> dict[str, Any]:
     sources = read_layout(plan.work / "layout" / "00000.json")
     if kind == "valid":
         source, path = sources[index], plan.tmp / "valid" / f"{sources[index]['name']}.npy"
-        ids = valid_ids(plan.config, index, source["rows"])
-        write_rows(plan, path, len(ids), text_blocks(plan, index, source, ids))
+        parts, ids = source["parts"], valid_ids(plan.config, index, source["rows"])
+        if plan.config.valid_documents:
+            parts, rows = source["held_parts"], source["held_rows"]
+            n = min(rows, plan.config.valid_rows)
+            ids = np.arange(n) * rows // max(1, n)  # evenly from all of them
+        write_rows(plan, path, len(ids), text_blocks(plan, index, parts, ids))
         return entry(plan, path, source=source["name"], rows=len(ids))
     path = plan.tmp / "train" / f"chunk_{index:03}.npy"
     counts = {s["name"]: s["rows_in_chunk"] for s in sources}
-    blocks = (text_blocks(plan, s, source, chunk_ids(plan.config, s, source, index))
+    blocks = (text_blocks(plan, s, source["parts"], chunk_ids(plan.config, s, source, index))
               for s, source in enumerate(sources) if source["parts"])
     write_rows(plan, path, sum(counts.values()), itertools.chain(
         itertools.chain.from_iterable(blocks), canary_blocks(plan, counts, index)))
@@ -1224,7 +1325,9 @@ def check_name(name: str) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in SETTINGS}
+    default = Config()
+    return {name: getattr(config, name) for name in SETTINGS + CRYSTAL_SETTINGS
+            if name in SETTINGS or getattr(config, name) != getattr(default, name)}
 
 
 def versions() -> dict[str, str]:
@@ -1255,9 +1358,13 @@ def prepare(config: Config, rank: int = 0, world: int = 1) -> None:
         return finished(config)
     files, skipped = find_inputs(config)
     names = set(files or CORPUS)
-    if strangers := sorted(set(config.source_weights) - names):
-        raise SystemExit(f"source_weights names {strangers}, but the sources are {sorted(names)}.")
-    tokenizer = config.tokenizer.removeprefix("llama:")
+    for setting in ("source_weights", "source_halves", "fim_rates"):
+        if strangers := sorted(set(getattr(config, setting)) - names):
+            raise SystemExit(f"{setting} names {strangers}, but the sources are"
+                             f" {sorted(names)}.")
+    kind, _, tokenizer = config.tokenizer.partition(":")
+    if kind == "data":
+        tokenizer = os.path.join(tokenizer, "manifest.json")
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
              for path in itertools.chain(*files.values(), [tokenizer]) if os.path.exists(path)]
     # what was begun with other settings or other inputs must not be gone on with
@@ -1330,10 +1437,12 @@ def describe(plan: Plan, tokenizer: dict, sources: list[dict], parts: list[dict]
     for s in sources:
         train = sum(chunk["sources"][s["name"]] for chunk in chunks)
         n_held = held.get(s["name"], 0)
-        known = {k: v for k, v in s.items() if k not in ("parts", "dealt", "rows_in_chunk")}
+        inside = min(n_held, n_held_rows(plan.config))
+        known = {k: v for k, v in s.items() if k not in (
+            "parts", "held_parts", "held_rows", "dealt", "rows_in_chunk")}
         # a weight above 1 counts a row every time; unused rows are in no chunk at all
         about.append(known | {"valid_rows": n_held, "train_rows": train,
-                              "unused_rows": max(0, s["rows"] - n_held - train)})
+                              "unused_rows": max(0, s["rows"] - inside - train)})
     dropped = sum((Counter(p["dropped"]) for p in parts), Counter()) + skipped
     return {"version": VERSION, "settings": settings(plan.config), "tokenizer": tokenizer,
             "seq_len": plan.config.seq_len, "seed": plan.config.seed,
@@ -1349,7 +1458,8 @@ def finished(config: Config) -> None:
                          " choose another place with --data_dir.")
     manifest = load_manifest(config.data_dir)
     before, now = manifest["settings"], json.loads(json.dumps(settings(config)))
-    differ = [f"{k} = {before.get(k)!r} (now {v!r})" for k, v in now.items() if v != before.get(k)]
+    differ = [f"{k} = {before.get(k)!r} (now {now.get(k)!r})"
+              for k in now | before if now.get(k) != before.get(k)]
     if differ:
         raise SystemExit(f"{there}, prepared with {', '.join(differ)}. Delete it to prepare it"
                          " anew, or choose another place with --data_dir.")

@@ -343,8 +343,9 @@ def replicate(model: LLaMA, config: Config, device: torch.device) -> nn.Module:
 
 
 def make_optimizer(config: Config, model: LLaMA) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), betas=(config.adam_beta1, config.adam_beta2),
-                             eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(model.parameter_groups(),
+                             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+                             weight_decay=config.weight_decay, fused=True)
 
 
 def memory_estimate(config: Config, dtype: torch.dtype, world: int = 1,
@@ -405,7 +406,9 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     """Rate of step `step` (from 1) of `total`: linear warm-up, then cosine, linear or constant.
 
     Amber computes the rate before it counts the step: warmup_offset = 0 (amber-train main.py).
+    A schedule of its own length (schedule_steps) may end before the data, or after.
     """
+    total = config.schedule_steps or total
     position = step - 1 + config.warmup_offset
     if position < config.warmup_steps:
         return config.learning_rate * position / config.warmup_steps
@@ -496,7 +499,7 @@ def train_step(run: Run, rows: np.ndarray, rate: float) -> dict[str, Any]:
         run.optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"loss {loss}, gradient norm {norm}", ~losses.isfinite().cpu().numpy())
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.save_due = due > 0
@@ -686,8 +689,8 @@ def load_weights(model: LLaMA, checkpoint: str | Path) -> dict[str, Any]:
 def fill_weights(model: LLaMA, checkpoint: Path) -> dict[str, Any]:
     """`load_weights` from a checkpoint that is known to be whole."""
     manifest = read_json(checkpoint / "manifest.json")
-    for f in fields(ModelConfig):
-        theirs, ours = manifest["config"][f.name], getattr(model.config, f.name)
+    for f in fields(ModelConfig):  # a setting younger than the checkpoint had its default then
+        theirs, ours = manifest["config"].get(f.name, f.default), getattr(model.config, f.name)
         if theirs != ours and f.name != "initializer_range":
             raise SystemExit(f"{checkpoint} has {f.name} = {theirs}, this config {ours}.")
     dcp.load(model.state_dict(), checkpoint_id=checkpoint / "model",

@@ -28,29 +28,53 @@ class ModelConfig:
     num_hidden_layers: int = 32  # transformer blocks
     num_attention_heads: int = 32  # query heads; the head size is hidden_size / num_attention_heads
     num_key_value_heads: int = 0  # key and value heads; 0 = num_attention_heads, as Amber
-    rms_norm_eps: float = 1e-6  # added to the mean square before the root
+    rms_norm_eps: float = 1e-6  # added to the mean square (or variance) before the root
     rope_theta: float = 10000.0  # base of the rotary frequencies
     tie_word_embeddings: bool = False  # one matrix for the embedding and the output head
     initializer_range: float = 0.02  # standard deviation of every initial weight matrix
+
+    # -- what Crystal chooses otherwise (LLM360 crystalcoder-train)
+    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm", which has a bias
+    bias: bool = False  # biases beside every matrix of a block
+    rotary_dim: int = 0  # dimensions of a head that turn; 0 = all
+    rotary_interleaved: bool = False  # pairs are (2i, 2i + 1); false = (i, i + rotary_dim / 2)
+    attention_scale_power: float = 0.5  # q k is divided by the head size to this power; muP: 1
+    embedding_scale: float = 1.0  # factor of the embeddings
+    logit_scale: float = 1.0  # factor of the logits, beside the width scale
+    base_hidden_size: int = 0  # muP: the width the rates were found at; 0 = no muP
+    init_truncated: bool = False  # initial weights within two standard deviations
+    init_by_depth: bool = False  # o_proj and down_proj begin smaller by sqrt(2 x layers)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def width_scale(self) -> float:
+        """muP: base width / width. The factor of the logits and of the hidden matrices'
+        learning rate, its root that of their initial deviation (Yang et al. 2022, table 8)."""
+        return self.base_hidden_size / self.hidden_size if self.base_hidden_size else 1.0
+
+    @property
+    def matmul_params(self) -> int:
+        """Weights that every token is multiplied with: the blocks' matrices and the head."""
+        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        block = 2 * d * d + 2 * d * kv + 3 * d * self.intermediate_size
+        return self.num_hidden_layers * block + self.vocab_size * d
+
+    @property
     def n_params(self) -> int:
         """Parameters of the network; a test holds this against the real one."""
         d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        layer = 2 * d * d + 2 * d * kv + 3 * d * self.intermediate_size + 2 * d
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + d
+        norms = (2 * self.num_hidden_layers + 1) * d * (2 if self.norm == "layernorm" else 1)
+        biases = self.num_hidden_layers * (3 * d + 2 * kv + 2 * self.intermediate_size)
+        lookup = 0 if self.tie_word_embeddings else self.vocab_size * d
+        return self.matmul_params + lookup + norms + self.bias * biases
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs per token: 6 per matmul weight, 12 L T d of attention (PaLM, app. B)."""
-        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        matmul = self.n_params - lookup - norms
-        return 6 * matmul + 12 * self.num_hidden_layers * seq_len * self.hidden_size
+        attention = 12 * self.num_hidden_layers * seq_len * self.hidden_size
+        return 6 * self.matmul_params + attention
 
 
 @dataclass
@@ -65,16 +89,21 @@ class Config(ModelConfig):
     # -- prepare_data.py
     sources: dict = field(default_factory=dict)  # {"name": "path or glob"}; {} = the embedded text
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
+    source_halves: dict = field(default_factory=dict)  # {"name": "even" or "odd" documents}
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
     canaries: dict = field(default_factory=dict)  # {times: n}: plant n random rows so many times
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
     tokenized_valid: str = ""  # the same for held-out rows; without it there are none
     on_bad_row: str = "stop"  # a row or line that is not valid: "stop" | "skip" (and count)
-    tokenizer: str = "bpe"  # "bpe" | "llama:PATH" (tokenizer.json or .model) | "tiktoken:NAME"
+    tokenizer: str = "bpe"  # "bpe" | "llama:PATH" | "tiktoken:NAME" | "data:DIR" = that data's
+    crystal_tokens: bool = False  # ids for Crystal's 22 added tokens (infilling, files, chat)
+    fim_rates: dict = field(default_factory=dict)  # {"name": share of its documents infilled}
+    fim_spm_rate: float = 0.5  # of those, the share written suffix first
     seq_len: int = 2048  # tokens a row trains on; a row holds seq_len + 1 ids
     n_chunks: int = 360  # chunks of data = checkpoints kept
     rows_per_chunk: int = 0  # rows of a chunk at most; 0 = all there are
     valid_rows: int = 102_400  # rows held out of each source (at most, of tokenized_valid)
+    valid_documents: int = 0  # hold out one whole document in so many, by hash; 0 = any rows
     workers: int = 0  # processes; 0 = one per core
     seed: int = 11111  # of the data order, the held-out rows and the initial weights
 
@@ -84,6 +113,7 @@ class Config(ModelConfig):
     learning_rate: float = 3e-4  # peak, reached after warmup_steps
     min_learning_rate: float = 3e-5  # at the last step
     lr_schedule: str = "cosine"  # "cosine" | "linear" | "constant", after the warm-up
+    schedule_steps: int = 0  # optimizer steps of the schedule, warm-up too; 0 = the data's
     warmup_steps: int = 2000  # optimizer steps of linear warm-up from 0
     warmup_offset: int = 1  # added to the steps done; 0 = Amber's, whose first rate is 0
     max_steps: int = 0  # stop after so many optimizer steps, schedule unchanged; 0 = all the data
@@ -136,6 +166,7 @@ class Config(ModelConfig):
 
 
 CHOICES = {
+    "norm": ("rmsnorm", "layernorm"),
     "on_bad_row": ("stop", "skip"),
     "lr_schedule": ("cosine", "linear", "constant"),
     "dtype": ("auto", "bfloat16", "float32"),
@@ -146,8 +177,9 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip_step", "skip_chunk"),
 }
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    rms_norm_eps rope_theta initializer_range seq_len n_chunks global_batch_size micro_batch_size
-    learning_rate adam_eps grad_clip timeout_minutes eval_rows""".split()
+    rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
+    global_batch_size micro_batch_size learning_rate adam_eps grad_clip timeout_minutes
+    eval_rows""".split()
 # everything else that is a number may be 0, and nothing may be negative
 
 
@@ -279,6 +311,9 @@ def check(c: Config) -> list[str]:
     if not problems and c.head_dim % 2:
         problems.append(f"the head size, hidden_size / num_attention_heads = {c.head_dim}, must be"
                         " even: rotary positions turn pairs.")
+    elif not problems and (c.rotary_dim % 2 or c.rotary_dim > c.head_dim):
+        problems.append(f"rotary_dim must be even and at most the head size ({c.head_dim}),"
+                        f" found {c.rotary_dim}.")
     if c.sources and c.tokenized:
         problems.append("give sources (text) or tokenized (released rows of ids), not both.")
     problems += [f"sources[{key!r}] must be a path or glob, found {value!r}."
@@ -286,13 +321,22 @@ def check(c: Config) -> list[str]:
     problems += [f"source_weights[{key!r}] must be a number of 0 or more, found {value!r}."
                  for key, value in c.source_weights.items()
                  if not isinstance(value, (int, float)) or not 0 <= value < float("inf")]
+    problems += [f"{key} is for text (sources), not for tokenized rows."
+                 for key in ("source_halves", "valid_documents", "fim_rates")
+                 if c.tokenized and getattr(c, key)]
+    problems += [f"source_halves[{key!r}] must be 'even' or 'odd', found {value!r}."
+                 for key, value in c.source_halves.items() if value not in ("even", "odd")]
+    problems += [f"{key} must be a share between 0 and 1, found {value!r}."
+                 for key, value in (*((f"fim_rates[{name!r}]", rate) for name, rate in
+                                      c.fim_rates.items()), ("fim_spm_rate", c.fim_spm_rate))
+                 if not isinstance(value, (int, float)) or not 0 <= value <= 1]
     if any(type(n) is not int or n < 1 for pair in c.canaries.items() for n in pair):
         problems.append(f"canaries must be {{times: rows}} of whole numbers, found {c.canaries}.")
     if c.canaries and c.tokenized:
         problems.append("canaries can be planted in text (sources), not in tokenized rows.")
-    if not re.fullmatch(r"bpe|llama:.+|tiktoken:.+", c.tokenizer):
-        problems.append('tokenizer must be "bpe", "llama:PATH" or "tiktoken:NAME", found'
-                        f" {c.tokenizer!r}.")
+    if not re.fullmatch("bpe|(llama|tiktoken|data):.+", c.tokenizer):
+        problems.append('tokenizer must be "bpe", "llama:PATH", "tiktoken:NAME" or "data:DIR",'
+                        f" found {c.tokenizer!r}.")
     return problems
 
 

@@ -60,9 +60,9 @@ def calls() -> list[tuple[str, Callable]]:
     found.append(("swiglu", lambda: ops.swiglu(y, y)))
     found.append(("swiglu", lambda: ops.swiglu_backward(y, y, y)))
     q = torch.zeros(2, 16, 32, 128, dtype=torch.bfloat16)
-    full, part = torch.zeros(16, 64), torch.zeros(16, 32)
+    full, part = torch.zeros(16, 64), torch.zeros(16, 16)  # Amber's turn, Crystal's
     found.append(("rope R=128", lambda: ops.rope(q, q, full, full, False, 1)))
-    found.append(("rope R=64 interleaved", lambda: ops.rope(q, q, part, part, True, 1)))
+    found.append(("rope R=32 interleaved", lambda: ops.rope(q, q, part, part, True, 1)))
     z, targets = torch.zeros(32, 32000, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
     found.append(("cross_entropy V=32000", lambda: ops.cross_entropy_(z, targets, True)))
     return found

@@ -67,15 +67,24 @@ def test_gradients_are_those_of_the_plain_loss() -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+# small, and for its head size of 64 as Crystal's 32 of 128
+CRYSTAL = {"norm": "layernorm", "bias": True, "rotary_dim": 16, "rotary_interleaved": True,
+           "attention_scale_power": 1.0, "embedding_scale": 14.6, "logit_scale": 2.22,
+           "tie_word_embeddings": True, "base_hidden_size": 64, "initializer_range": 0.073}
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {
+    **CRYSTAL, "num_key_value_heads": 2}], ids=["amber", "crystal"])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
-def test_triton_and_torch_kernels_give_one_model(dtype: torch.dtype, limit: float) -> None:
+def test_triton_and_torch_kernels_give_one_model(dtype: torch.dtype, limit: float,
+                                                 changes: dict) -> None:
     """Loss and every gradient of a whole model; Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
     import interp_bf16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         interp_bf16.install()
-    net = small(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+    net = small(hidden_size=128, num_attention_heads=2, num_hidden_layers=2, **changes)
     net = net.to(device)
     net.dtype = net.model.dtype = dtype
     x, found = ids(2, 34).to(device), {}
