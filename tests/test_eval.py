@@ -1,8 +1,11 @@
 """The same numbers as lm-evaluation-harness; nothing measured twice, nothing lost."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +207,7 @@ def test_the_same_numbers_as_the_harness(quiz: Path, measured: list, tmp_path: P
         samples = sorted(theirs["samples"][task.config.task], key=lambda s: s["doc_id"])
         assert len(asked) == len(samples)
         # question by question, choice by choice, for every way of batching
-        for batch in (1, 5, 64):
+        for batch in (3, 64):
             for mine, sample in zip(evaluation.log_likelihoods(
                     net, [q.rows for q in asked], batch), samples):
                 expected = [float(ll) for ll, _ in sample["filtered_resps"]]
@@ -254,3 +257,246 @@ def test_each_checkpoint_is_measured_once(home: Path, straight: Path, tmp_path: 
     assert "ckpt_001: model/__0_0.distcp is damaged" in text
     assert "ckpt_005: it is half-written" in text
     assert len(train.read_records(run / "eval.jsonl")) == 6
+
+
+# ---- scores
+
+
+def by_hand(net: Any, ids: list[int], n: int) -> float:
+    """log p of the last n ids, one row alone, in one pass."""
+    with torch.no_grad():
+        log_p = net(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+    return sum(float(log_p[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
+
+
+@pytest.fixture(scope="module")
+def net(home: Path, straight: Path) -> Any:  # noqa: F811
+    config, _ = load(argv(home, straight))
+    net = evaluation.build(config)
+    train.load_weights(net, straight / "ckpt_002")
+    return net
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+@pytest.mark.parametrize("spared", [0.0, 0.1, 9.0])
+def test_sharing_changes_no_score(net: Any, batch: int, spared: float,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MIN_SPARED", spared)
+    draw = np.random.default_rng(0)
+    ids = lambda n: draw.integers(300, size=n).astype(np.int32)  # noqa: E731
+    common, asked = ids(5), []
+    for kind in range(12):
+        context = np.concatenate([common[: kind % 6], ids(1 + kind % 7)])
+        word = ids(2)  # choices that begin alike share more than their context
+        choices = [np.append(word[: kind % 3], ids(1 + k * (kind % 2)))
+                   for k in range(1 + kind % 4)]
+        asked.append([(np.append(context, c), len(c)) for c in choices])
+    for rows, found in zip(asked, evaluation.log_likelihoods(net, asked, batch)):
+        expected = [by_hand(net, row.tolist(), n) for row, n in rows]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 12, 13, 40])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_windows_score_every_token_once_with_all_the_context_there_is(length: int,
+                                                                      stride: int) -> None:
+    seen = []
+    for ids, n in evaluation.windows(np.arange(length + 1), 8, stride):
+        assert len(ids) <= 9
+        for target in ids[-n:]:
+            seen.append(int(target))
+            assert target - ids[0] >= min(target, 8 - stride + 1)
+    assert seen == list(range(1, length + 1))
+
+
+def test_text_of_a_file(home: Path, straight: Path, net: Any, tmp_path: Path,  # noqa: F811
+                        capsys: pytest.CaptureFixture) -> None:
+    file, text = tmp_path / "some text.txt", words(5, 6) + " é 東"
+    file.write_text(text, encoding="utf-8")
+    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
+    ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
+    nats, window = 0.0, net.config.seq_len
+    for i in range(1, len(ids)):  # stride 1: each token after a whole window
+        nats -= by_hand(net, ids[max(0, i - window) : i + 1], 1)
+    for batch in (1, 7):
+        found = evaluation.measure_text(net.config, [text], 1, batch, net)
+        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert found["perplexity"] == pytest.approx(np.exp(nats / (len(ids) - 1)), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()))
+        assert found["tokens"] == len(ids) - 1
+    run = shutil.copytree(straight, tmp_path / "run")
+    evaluation.main(argv(home, run, text=file, checkpoints="0,2"))
+    assert "some text.txt: loss" in capsys.readouterr().out
+    assert len(train.read_records(run / "eval.jsonl")) == 2
+    for content, words_of_it in ((b"", "no text"), (b"a\0b", "no text")):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit, match=words_of_it):
+            evaluation.main(argv(home, run, text=file))
+    with pytest.raises(SystemExit, match="no such file"):
+        evaluation.main(argv(home, run, text=tmp_path / "none.txt"))
+    with pytest.raises(SystemExit, match="stride=99 is more than the window, 32"):
+        evaluation.main(argv(home, run, text=file, stride=99))
+
+
+def test_own_questions_are_what_they_say(quiz: Path) -> None:
+    config, _ = load([str(quiz / "quiz.py")])
+    manifest = prepare_data.load_manifest(config.data_dir)
+    rows = prepare_data.open_valid(config.data_dir, manifest, "text")["token_ids"].astype(int)
+    for i, q in enumerate(evaluation.own_questions(config, manifest, "continuation")):
+        right = q.rows[int(q.right.argmax())][0]
+        assert right.tolist() == rows[i, :64].tolist() and q.right.argmax() == i % 4
+        assert sum(row.tolist() == right.tolist() for row, _ in q.rows) == 1
+    for i, q in enumerate(evaluation.own_questions(config, manifest, "recall")):
+        right = q.rows[int(q.right.argmax())][0]
+        assert right.tolist() == [*rows[i, :64], *rows[i, :16]] and q.rows[0][1] == 8
+
+
+def test_parquet_is_read_as_jsonl_is(quiz: Path, tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    config, task = load([str(quiz / "quiz.py")])[0], evaluation.TASKS["openbookqa"]
+    folder = quiz / "tasks/openbookqa"
+    docs = evaluation.read_split([folder / "test.jsonl"])
+    pq.write_table(pa.Table.from_pylist(docs), tmp_path / "test-00000-of-00001.parquet")
+    for a, b in zip(evaluation.questions(config, task, folder, ""),
+                    evaluation.questions(config, task, tmp_path, "")):
+        assert all(np.array_equal(x, y) for (x, _), (y, _) in zip(a.rows, b.rows))
+
+
+@pytest.mark.parametrize("task, file, content, sentence", [
+    ("piqa", "piqa/validation.jsonl", None, r"piqa has no validation.jsonl and no validation"
+     r"\*.parquet: .* huggingface.co/datasets/baber/piqa"),
+    ("piqa", "piqa/validation.jsonl", "", "has no rows"),
+    ("piqa", "piqa/validation.jsonl", '{"goal": "x"}\n', "after 0 questions: a row is not in the"
+     " form of huggingface.co/datasets/baber/piqa"),
+    ("piqa", "piqa/validation.jsonl", '{"goal": ', "cannot be read"),
+    ("mmlu", "mmlu/abstract_algebra/dev.jsonl", '{"a": 1}\n', "1 rows in dev: too few"),
+])
+def test_files_that_are_not_as_they_should_be(quiz: Path, tmp_path: Path, task: str, file: str,
+                                              content: str | None, sentence: str) -> None:
+    tasks = shutil.copytree(quiz / "tasks", tmp_path / "tasks")
+    (tasks / file).unlink()
+    if content is not None:
+        (tasks / file).write_text(content)
+    with pytest.raises(SystemExit, match=sentence):
+        evaluation.main([str(quiz / "quiz.py"), f"--tasks={task}", f"--task_dir={tasks}"])
+
+
+def test_wrong_names_and_sizes(quiz: Path, tmp_path: Path) -> None:
+    config = str(quiz / "quiz.py")
+    for setting, sentence in (
+            ("--tasks=hellaswag,mmmlu", "there is no 'mmmlu'; there are continuation, recall, arc"),
+            ("--vocab_size=300", "has 400 token ids, the model of this config 300"),
+            ("--vocab_size=500", "has vocab_size = 400, this config 500"),
+            ("--batch=0", "--batch 1 or more"),
+            ("--published=none.csv", "none.csv' cannot be read"),
+            (f"--run_dir={tmp_path}/none", "has no checkpoint yet")):
+        with pytest.raises(SystemExit, match=sentence):
+            evaluation.main([config, "--tokens=1", setting])
+    with pytest.raises(SystemExit, match="mmlu/abstract_algebra has no test.jsonl"):
+        evaluation.main([config, "--tasks=mmlu", f"--task_dir={tmp_path}"])
+
+
+# ---- many checkpoints, many processes, a run that is going on
+
+
+def test_processes_share_the_work(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    alone = shutil.copytree(straight, tmp_path / "alone")
+    evaluation.main(argv(home, alone, checkpoints="0,2"))
+    together = shutil.copytree(straight, tmp_path / "together")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
+         f"--master_port={29500 + os.getpid() % 1000}", "eval.py",
+         *argv(home, together, checkpoints="0,2")], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(evaluation.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out prose: loss") == 1
+    a, b = ({json.dumps(r["of"]): r["result"] for r in train.read_records(p / "eval.jsonl")}
+            for p in (alone, together))
+    assert a == b and len(train.read_records(together / "eval.jsonl")) == len(a)
+
+
+def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    run, waiting = tmp_path / "run", ["ckpt_000", "ckpt_001", "ckpt_002"]
+    seen: list[int] = []
+
+    def sleep(_: float) -> None:  # the run saves a checkpoint between two looks
+        shutil.copytree(straight / waiting[0], run / waiting[0])
+        seen.append(len(train.read_records(run / "eval.jsonl")))
+        waiting.pop(0)
+
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
+    evaluation.main(argv(home, run, watch=True))
+    assert seen == [0, 3, 6] and len(train.read_records(run / "eval.jsonl")) == 9
+    evaluation.main(argv(home, run, watch=True))  # over: nothing to wait for
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.time, "sleep", stop)
+    shutil.rmtree(run / "ckpt_002")
+    with pytest.raises(SystemExit, match="Stopped. What was measured is in"):
+        evaluation.main(argv(home, run, watch=True))
+
+
+# ---- what is printed
+
+
+def test_compare(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                 capsys: pytest.CaptureFixture) -> None:
+    paths = []
+    for rate in ("1e-2", "1e-3"):
+        for seed in (1, 2):
+            paths.append(str(tmp_path / f"rate_{rate}_{seed}"))
+            train.main(argv(home, paths[-1], learning_rate=rate, seed=seed, max_steps=8))
+    capsys.readouterr()
+    evaluation.main(["--compare", *paths])
+    text = capsys.readouterr().out
+    assert "learning_rate" in text and "hidden_size" not in text and "run_dir" not in text
+    assert "rate_1e-2_1  rate_1e-2_2  rate_1e-3_1" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("learning_rate ")]
+    assert len(rows[0]) == 5 and [row[1:3] for row in rows[1:]] == [["0.01", "2"], ["0.001", "2"]]
+    losses = [train.read_records(Path(p) / "metrics.jsonl")[-1]["valid"] for p in paths[:2]]
+    both = [np.mean([v["loss"] for v in valid.values()]) for valid in losses]
+    assert f"{np.mean(both):.3f} ± {np.std(both, ddof=1):.3f}" in text
+    assert "training loss" in text and "FLOPs" in text
+    with pytest.raises(SystemExit, match="two or more"):
+        evaluation.main(["--compare", paths[0]])
+    with pytest.raises(SystemExit, match="nowhere is not the directory of a run"):
+        evaluation.main(["--compare", paths[0], str(tmp_path / "nowhere")])
+
+
+def test_a_prompt_is_continued_as_it_is_generated(
+        home: Path, straight: Path, net: Any, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    evaluation.main(argv(home, straight, prompt="an é", tokens=30, temperature=0.0))
+    assert capsys.readouterr().out == train.continue_text(net.config, net, "an é", 30) + "\n"
+    pieces = "né東".encode()  # half a character is held back until it is whole
+    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
+    ids = [next(i for i, p in tokenizer.pieces.items() if p == bytes([b])) for b in pieces]
+
+    class Parrot:
+        def stream(self, *_: Any, **__: Any) -> Any:
+            for i in ids:
+                yield [i]
+                said.append(capsys.readouterr().out)
+
+    said: list[str] = []
+    evaluation.speak(net.config, Parrot(), {"prompt": "a", "tokens": 6, "temperature": 0.0})
+    assert said == ["an", "", "é", "", "", "東"]
+
+
+def test_published_curves_lie_beside_ours(quiz: Path, measured: list, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture) -> None:
+    rows = evaluation.by_checkpoint(measured)
+    file = tmp_path / "theirs.csv"
+    file.write_text("# source\ntokens,piqa,mmlu_macro,other\n10,0.25,,1\n20000,0.75,0.5,1\n"
+                    "9e9,1,1,1\n")
+    assert evaluation.published(str(file), rows) == {
+        "mmlu_macro": [(20000.0, 0.5)], "piqa": [(10.0, 0.25), (20000.0, 0.75)]}
+    evaluation.main([str(quiz / "quiz.py"), f"--published={file}", "--tokens=1"])
+    text = capsys.readouterr().out
+    assert "published at these tokens 0.750" in text and "piqa, published 0.750" in text
+    rows = [{"tokens": 1.3e12, "tasks": evaluation.TASKS | {"mmlu_macro": 0}}]
+    theirs = evaluation.published(load(["configs/amber_7b.py"])[0].published, rows)
+    assert theirs["hellaswag"][0] == (3495690240.0, 0.2483) and len(theirs["hellaswag"]) == 356
+    assert theirs["mmlu_macro"][-1][1] == pytest.approx(0.2853)  # ckpt_355 on the model's card
