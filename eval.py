@@ -1,17 +1,17 @@
-"""Measure the checkpoints of a run: perplexity, multiple-choice tasks, curves; samples, ablations.
+"""Measure checkpoints: perplexity, multiple-choice tasks, curves; samples, ablations.
 
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
     python eval.py configs/amber_tiny.py --watch               # follow a run that is going on
     python eval.py configs/amber_tiny.py --text=README.md      # perplexity of any text
-    python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest checkpoint
+    python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest one
     python eval.py --compare runs/a runs/b                     # settings against results
     torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work shared out
 
-Every result, of one checkpoint in one measure, is a line of runs/NAME/eval.jsonl, written as soon
-as it is there; what is there is not measured again. Benchmarks are read from TASK_DIR/NAME (see
-README.md); prompts, examples, tokens and scores are those of EleutherAI's lm-evaluation-harness
-0.4.13. Curves are printed, and with matplotlib drawn to runs/NAME/curves.png.
+Every result, of one checkpoint in one measure, is a line of runs/NAME/eval.jsonl, written as
+soon as it is there; what is there is not measured again. Benchmarks are read from
+TASK_DIR/NAME (see README.md); prompts, examples, tokens and scores are those of EleutherAI's
+lm-evaluation-harness 0.4.13. Curves are printed, and with matplotlib drawn to curves.png.
 """
 
 import csv
@@ -58,18 +58,24 @@ def arc(d: dict) -> tuple:
 
 def hellaswag(d: dict) -> tuple:
     def clean(text: str) -> str:  # of what WikiHow's pages left in it
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
     context = f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"
     return clean(context), [clean(ending) for ending in d["endings"]], int(d["label"])
 
 
 def mmlu(d: dict) -> tuple:
-    lines = [d["question"].strip(), *(f"{x}. {c}" for x, c in zip("ABCD", d["choices"])), "Answer:"]
-    return "\n".join(lines), list("ABCD"), d["answer"]
+    listed = (f"{letter}. {choice}" for letter, choice in zip("ABCD", d["choices"]))
+    return "\n".join([d["question"].strip(), *listed, "Answer:"]), list("ABCD"), d["answer"]
 
 
-def truthfulqa(targets: str, d: dict) -> tuple:
-    return f"{QA_PROMPT}\n\nQ: {d['question']}\nA:", d[targets]["choices"], d[targets]["labels"]
+def truthfulqa_mc1(d: dict, targets: str = "mc1_targets") -> tuple:
+    context = f"{QA_PROMPT}\n\nQ: {d['question']}\nA:"
+    return context, d[targets]["choices"], d[targets]["labels"]
+
+
+def truthfulqa_mc2(d: dict) -> tuple:
+    return truthfulqa_mc1(d, "mc2_targets")
 
 
 def piqa(d: dict) -> tuple:
@@ -107,13 +113,14 @@ TASKS = {
                           "allenai/ai2_arc, folder ARC-Challenge"),
     "hellaswag": Task(hellaswag, "acc_norm", 10, "train", "validation", "Rowan/hellaswag"),
     "mmlu": Task(mmlu, "acc", 5, "dev", "test", "cais/mmlu, a folder per subject"),
-    "truthfulqa_mc1": Task(functools.partial(truthfulqa, "mc1_targets"), "acc", 0, *TRUTHFULQA),
-    "truthfulqa_mc2": Task(functools.partial(truthfulqa, "mc2_targets"), "mc2", 0, *TRUTHFULQA),
+    "truthfulqa_mc1": Task(truthfulqa_mc1, "acc", 0, *TRUTHFULQA),
+    "truthfulqa_mc2": Task(truthfulqa_mc2, "mc2", 0, *TRUTHFULQA),
     "piqa": Task(piqa, "acc_norm", 0, "", "validation", "baber/piqa"),
     "winogrande": Task(winogrande, "acc", 0, "", "validation",
                        "allenai/winogrande, folder winogrande_xl"),
     "boolq": Task(boolq, "acc", 0, "", "validation", "aps/super_glue, folder boolq"),
-    "openbookqa": Task(openbookqa, "acc_norm", 0, "", "test", "allenai/openbookqa, folder main"),
+    "openbookqa": Task(openbookqa, "acc_norm", 0, "", "test",
+                       "allenai/openbookqa, folder main"),
 }
 OWN = ("continuation", "recall")  # made here, from the held-out rows
 SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"  # MMLU's
@@ -143,7 +150,8 @@ class Question(NamedTuple):
     right: np.ndarray  # 1 where the choice is right
 
 
-POINTS: dict[str, Callable[[np.ndarray, Question], float]] = {  # of one question, from its log p
+# metric -> what a question adds to it, from the log p of its choices
+POINTS: dict[str, Callable[[np.ndarray, Question], float]] = {
     "acc": lambda ll, q: q.right[ll.argmax()],
     "acc_norm": lambda ll, q: q.right[(ll / q.lengths).argmax()],
     "mc2": lambda ll, q: q.right @ np.exp(ll - np.logaddexp.reduce(ll)),
@@ -153,8 +161,8 @@ POINTS: dict[str, Callable[[np.ndarray, Question], float]] = {  # of one questio
 def find_split(task: Task, folder: Path, split: str) -> list[Path]:
     files = [p for p in folder.glob(f"{split}[.-]*") if p.suffix in (".jsonl", ".parquet")]
     if not files:
-        raise SystemExit(f"{folder} has no {split}.jsonl and no {split}*.parquet: it is the split"
-                         f" {split!r} of huggingface.co/datasets/{task.hub}.")
+        raise SystemExit(f"{folder} has no {split}.jsonl and no {split}*.parquet: it is the"
+                         f" split {split!r} of huggingface.co/datasets/{task.hub}.")
     return sorted(files)
 
 
@@ -174,7 +182,7 @@ def read_split(files: list[Path]) -> list[dict]:
 
 
 def examples(task: Task, pool: list[dict], doc: dict, random: Random) -> Iterable[int]:
-    """Which of the pool go before a question: the harness's draw, with its one random stream."""
+    """Which of the pool go before a question: the harness's draw, from its one stream."""
     n, everyone = task.shots, range(len(pool))
     if not n or task.pool == "dev":
         return everyone[:n]
@@ -189,8 +197,8 @@ def examples(task: Task, pool: list[dict], doc: dict, random: Random) -> Iterabl
 def encode(tokenizer: prepare_data.Tokenizer, context: str, choice: str, window: int) -> Row:
     """Context and choice tokenized as one text; the choice's are the ids the context has not.
 
-    Spaces that end the context count with the choice. An empty context is the end of a document.
-    What exceeds the window is cut off on the left.
+    Spaces that end the context count with the choice. An empty context is the end of a
+    document. What exceeds the window is cut off on the left.
     """
     known = tokenizer.encode(context.rstrip())
     ids = tokenizer.encode(f"{context} {choice}")
@@ -243,9 +251,9 @@ def own_questions(config: Config, manifest: dict, name: str) -> list[Question]:
     """Questions of four choices, made of the first 32 held-out rows of each source.
 
     continuation: which n tokens follow these 3 n, the row's own or those of other rows of its
-    source? It asks what a text is about. recall: a row's first half n tokens come once more after
-    4 n of it; which of its pieces followed them then? They are all of one text, so it asks for
-    looking back, which a model learns later (induction heads, Olsson et al. 2022).
+    source? It asks what a text is about. recall: a row's first half n tokens come once more
+    after 4 n of it; which of its pieces followed them then? They are all of one text, so it
+    asks for looking back, which a model learns later (induction heads, Olsson et al. 2022).
     """
     n = 4 * min(4, (manifest["seq_len"] + 1) // 20)
     found: list[Question] = []
@@ -272,7 +280,7 @@ def own_questions(config: Config, manifest: dict, name: str) -> list[Question]:
 def log_likelihoods(model: LLaMA, asked: list[list[Row]], batch: int) -> list[np.ndarray]:
     """log p of the last n ids of each row (ids, n) given those before, one array per question.
 
-    Questions of like length go together, the longest first, in batches of about `batch` inputs.
+    Questions of like length go together, the longest first, about `batch` inputs at once.
     """
     order = sorted(range(len(asked)), key=lambda i: -max(len(ids) for ids, _ in asked[i]))
     parts, filled = [], batch
@@ -283,7 +291,8 @@ def log_likelihoods(model: LLaMA, asked: list[list[Row]], batch: int) -> list[np
         parts[-1].append(i)
         filled += inputs
     found: dict[int, np.ndarray] = {}
-    for part in tqdm(parts, unit="batch", leave=False, disable=None if len(parts) > 9 else True):
+    hidden = None if len(parts) > 9 else True  # a bar within the bar, where it takes a while
+    for part in tqdm(parts, unit="batch", leave=False, disable=hidden):
         found |= zip(part, score_batch(model, [asked[i] for i in part]))
     return [found[i] for i in range(len(asked))]
 
@@ -292,8 +301,8 @@ def score_batch(model: LLaMA, asked: list[list[Row]]) -> list[np.ndarray]:
     """`log_likelihoods` of one batch, what is common computed once.
 
     Choices of one token share their input (MMLU). What all inputs begin with (MMLU's examples)
-    goes through the model as one row, then what the choices of each question begin with (examples
-    and question) as a row per question, and the keys and values of it serve all that follow.
+    goes through the model as one row, then what the choices of each question begin with
+    (examples and question) as a row per question; its keys and values serve all that follow.
     """
     inputs: list[np.ndarray] = []
     members: list[list[int]] = []  # the inputs of each question
@@ -322,19 +331,21 @@ def score_batch(model: LLaMA, asked: list[list[Row]]) -> list[np.ndarray]:
         ids[r, : len(row)] = torch.from_numpy(row)
     ids = ids.to(device)
     question = [q for q, group in enumerate(members) for _ in group]
-    cache, fed, source = None, 0, [0] * len(inputs)  # source: the row of the cache an input is of
+    cache, fed, source = None, 0, [0] * len(inputs)  # source: an input's row of the cache
     for heads, end, children in (
             ([0], shared(list(range(len(inputs)))), [0] * len(inputs)),
             ([group[0] for group in members], min(map(shared, members)), question)):
         spared = (len(inputs) - len(heads)) * (end - fed)
         if spared > MIN_SPARED * ids.numel():
-            cache = fork(cache, [source[r] for r in heads]) or KVCache(model, len(heads), width)
+            cache = (fork(cache, [source[r] for r in heads])
+                     or KVCache(model, len(heads), width))
             model.model(ids[heads, fed:end], cache)
             fed, source = end, children
     x = model.model(ids[:, fed:], fork(cache, source))  # (inputs, width - fed, D)
     count = [n for _, _, n in picked]
     row = np.repeat([r for r, _, _ in picked], count)
-    position = np.concatenate([np.arange(len(i) - 1 - n, len(i) - 1) for _, i, n in picked]) - fed
+    position = np.concatenate([np.arange(len(i) - 1 - n, len(i) - 1) - fed
+                               for _, i, n in picked])
     target = torch.from_numpy(np.concatenate([i[-n:] for _, i, n in picked])).long()
     weight = model.lm_head.weight.to(x.dtype)
     _, losses = kernels.linear_cross_entropy(x[row, position], weight, target.to(device))
@@ -350,7 +361,7 @@ def fork(cache: KVCache | None, rows: list[int]) -> KVCache | None:
 
 
 def score(model: LLaMA, asked: list[Question], metric: str, batch: int) -> dict[str, Any]:
-    """Each metric of a task with its standard error; `metric` names the one that stands for it."""
+    """Each metric of a task with its standard error; `metric`: the one that stands for it."""
     ll = log_likelihoods(model, [q.rows for q in asked], batch)
     result: dict[str, Any] = {"metric": metric, "n": len(asked),
                               "chance": statistics.fmean(q.right.mean() for q in asked)}
@@ -362,15 +373,19 @@ def score(model: LLaMA, asked: list[Question], metric: str, batch: int) -> dict[
 
 
 def losses_of(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:
-    return {"loss": nats / tokens, "perplexity": math.exp(nats / tokens),
+    return {"loss": nats / tokens, "perplexity": perplexity(nats / tokens),
             "bits_per_byte": nats / math.log(2) / n_bytes}
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # a model gone wrong may be beyond what a float holds
 
 
 def windows(ids: np.ndarray, window: int, stride: int) -> list[Row]:
     """Rows that score each of ids[1:] once: at the end of the text before it in the window.
 
-    All windows but a text's only one are full; each after the first scores its last `stride` ids,
-    so that a token has at least window - stride tokens before it, or all there are.
+    All windows but a text's only one are full; each after the first scores its last `stride`
+    ids, so that a token has at least window - stride tokens before it, or all there are.
     """
     ends = [*range(window, len(ids) - 1, stride), len(ids) - 1]
     return [(ids[max(0, end - window) : end + 1], end - before)
@@ -379,14 +394,15 @@ def windows(ids: np.ndarray, window: int, stride: int) -> list[Row]:
 
 def measure_text(config: Config, documents: list[str], stride: int, batch: int,
                  model: LLaMA) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of documents, each beginning after an end of document."""
+    """Loss, perplexity, bits per byte of documents, each after an end of document."""
     tokenizer = prepare_data.load_tokenizer(config.data_dir)
     rows: list[list[Row]] = []
     for text in documents:
         ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
         rows += [[row] for row in windows(ids, config.seq_len, stride)]
     nats = -sum(float(ll[0]) for ll in log_likelihoods(model, rows, batch))
-    tokens, n_bytes = sum(n for [(_, n)] in rows), sum(len(text.encode()) for text in documents)
+    tokens = sum(n for [(_, n)] in rows)
+    n_bytes = sum(len(text.encode()) for text in documents)
     return losses_of(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
 
 
@@ -405,8 +421,9 @@ def measures(config: Config, manifest: dict, flags: dict) -> list[Measure]:
     batch, data = flags["batch"], train.data_sha256(config.data_dir)
     if path := flags["text"]:
         documents, stride = read_texts(path), flags["stride"] or max(1, config.seq_len // 2)
-        return [Measure(f"text {path}", [train.digest(documents), stride, config.seq_len, data],
-                        functools.partial(measure_text, config, documents, stride, batch))]
+        of = [train.digest(documents), stride, config.seq_len, data]
+        return [Measure(f"text {path}", of, functools.partial(
+            measure_text, config, documents, stride, batch))]
     found: list[Measure] = []
 
     def add(name: str, of: list, metric: str, make: Callable[[], list[Question]]) -> None:
@@ -416,7 +433,7 @@ def measures(config: Config, manifest: dict, flags: dict) -> list[Measure]:
     if manifest["valid"]:
         limit = flags["rows"] or None
         found.append(Measure("held-out", [data, limit], lambda model: {
-            name: v | {"perplexity": math.exp(v["loss"])} for name, v in train.validate(
+            name: v | {"perplexity": perplexity(v["loss"])} for name, v in train.validate(
                 model, config.data_dir, limit, config.micro_batch_size).items()}))
     root = Path(config.task_dir)
     folders = {name: root / (task.folder or name) for name, task in TASKS.items()}
@@ -442,8 +459,8 @@ def measures(config: Config, manifest: dict, flags: dict) -> list[Measure]:
             add(f"{name}/{subject}".rstrip("/"), of, task.metric, functools.partial(
                 questions, config, task, folder, subject.replace("_", " ")))
     if not found:
-        raise SystemExit(f"There is nothing to measure: {config.data_dir} has no held-out rows and"
-                         f" task_dir ({root}) no benchmarks; README.md says how to get them.")
+        raise SystemExit(f"There is nothing to measure: {config.data_dir} has no held-out"
+                         f" rows and task_dir ({root}) no benchmarks (README.md: how to get them).")
     return found
 
 
@@ -476,7 +493,8 @@ def chosen(run_dir: str, which: str) -> list[Path]:
             names = ", ".join(p.name for p in found) or "none"
             raise SystemExit(f"There is no checkpoint {path}; {run_dir} has: {names}.")
     if not paths:
-        raise SystemExit(f"{run_dir} has no checkpoint yet: run train.py with this config first.")
+        raise SystemExit(f"{run_dir} has no checkpoint yet: run train.py with this config"
+                         " first.")
     return paths
 
 
@@ -494,9 +512,10 @@ Grid = dict[str, tuple[Path, Measure]]  # what a result is of, as JSON -> checkp
 
 def grid(model: LLaMA, paths: list[Path], asked: list[Measure]) -> Grid:
     # A result belongs to weights, data and settings, not to a name that may be trained anew.
-    weights, dtype = {path: train.identity(path) for path in paths}, str(model.dtype)[6:]
-    return {json.dumps({"weights": weights[path], "dtype": dtype, "measure": m.name, "of": m.of}):
-            (path, m) for path in paths for m in asked}
+    weights = {path: train.identity(path) for path in paths}
+    return {json.dumps({"weights": weights[path], "dtype": str(model.dtype)[6:],
+                        "measure": m.name, "of": m.of}): (path, m)
+            for path in paths for m in asked}
 
 
 def known(config: Config) -> dict[str, dict[str, Any]]:
@@ -506,7 +525,7 @@ def known(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def measure(config: Config, model: LLaMA, todo: Grid) -> set[Path]:
-    """Append results to eval.jsonl as they come; the checkpoints that are damaged come back."""
+    """Append results to eval.jsonl as they come; returns the checkpoints that are damaged."""
     damaged: set[Path] = set()
     manifest, loaded = {}, None
     bar = tqdm(todo.items(), desc="evaluating", disable=None if todo else True)
@@ -523,8 +542,9 @@ def measure(config: Config, model: LLaMA, todo: Grid) -> set[Path]:
                 damaged.add(path)
         if path not in damaged:
             train.append_record(Path(config.run_dir) / "eval.jsonl", {
-                "checkpoint": path.name, "step": manifest["step"], "tokens": manifest["tokens"],
-                "measure": m.name, "result": m.run(model), "of": json.loads(key)})
+                "checkpoint": path.name, "step": manifest["step"],
+                "tokens": manifest["tokens"], "measure": m.name, "result": m.run(model),
+                "of": json.loads(key)})
     return damaged
 
 
@@ -538,7 +558,7 @@ def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
         over = not flags["watch"] or max(steps, default=0) >= end
         paths = chosen(config.run_dir, flags["checkpoints"]) if over or found else []
         whole, done = grid(model, paths, asked), known(config)
-        # Each checkpoint is one process's or, when there are fewer of them, several processes'.
+        # A checkpoint is one process's or, when there are fewer of them, several processes'.
         team = max(1, world // max(1, len(paths)))
         owner = [(i * team + j % team) % world
                  for i in range(len(paths)) for j in range(len(asked))]
@@ -555,7 +575,7 @@ def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
         missing = {path for key, (path, _) in whole.items() if key not in done} - damaged
         if not missing:
             break
-        for path in missing & unverified:  # of another process: is it at it, or did it skip it?
+        for path in missing & unverified:  # another process is at it, or has skipped it
             damaged |= {path} if train.problem_of(path, ("model",)) else set()
         unverified -= missing
         time.sleep(1)
@@ -572,7 +592,7 @@ Curves = dict[str, list[tuple[float, float]]]  # name -> points (tokens or FLOPs
 
 
 def by_checkpoint(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per checkpoint: `text`, losses by source or file, and `tasks`, scores by name."""
+    """A row per checkpoint: `text`, losses by source or file, and `tasks`, scores by name."""
     rows: dict[str, dict[str, Any]] = {}
     for r in results:
         row = rows.setdefault(r["of"]["weights"], {
@@ -651,12 +671,15 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def plot(title: str, lines: Curves, x_name: str) -> str:
     """Curves of letters on 12 lines of text; later letters lie over earlier ones."""
-    lines = {name: points for name, points in lines.items() if points}
-    x, y = zip(*(point for points in lines.values() for point in points)) if lines else ([0], [0])
+    lines = {name: finite for name, points in lines.items()
+             if (finite := [p for p in points if math.isfinite(p[1])])}
+    if not lines:
+        return f"{title} (no point to draw)"
+    x, y = zip(*(point for points in lines.values() for point in points))
     high, low, end = max(y), min(y), max(x)
     marks, legend = [[" "] * 72 for _ in range(12)], []
     for letter, (name, points) in zip(string.ascii_letters, lines.items()):
-        legend.append(f"{letter} {name} {points[-1][1]:.3f}")
+        legend.append(f"{letter} {name.removeprefix('held-out ')} {points[-1][1]:.3f}")
         for px, py in points:
             row, column = 11 * (high - py) / (high - low or 1), 71 * px / (end or 1)
             marks[round(row)][round(column)] = letter
@@ -679,8 +702,9 @@ def draw(path: Path, panels: list[tuple[str, str, Curves, Curves]]) -> bool:
                                    layout="constrained", squeeze=False)
     for axis, (title, x_name, ours, theirs) in zip(axes[0], panels):
         for i, (name, points) in enumerate(ours.items()):
-            axis.plot([x for x, _ in points], [y for _, y in points], f"C{i}", linewidth=1,
-                      marker="." if len(points) < 50 else "", label=name.removeprefix("held-out "))
+            axis.plot([x for x, _ in points], [y for _, y in points], f"C{i}",
+                      linewidth=1, marker="." if len(points) < 50 else "",
+                      label=name.removeprefix("held-out "))
             if name in theirs:
                 axis.plot(*zip(*theirs[name]), f"C{i}:", label=f"{name}, published")
         axis.set(title=title, xlabel=x_name)
@@ -705,8 +729,8 @@ def report(config: Config, rows: list[dict[str, Any]], theirs: Curves, records: 
         said[name] = (f"loss {v['loss']:.3f}, perplexity {v['perplexity']:.2f},"
                       f" {v['bits_per_byte']:.3f} bits per byte")
     for name, v in last["tasks"].items():
-        said[name] = (f"{v['metric']} {value(v):.3f} ± {v[v['metric'] + '_se']:.3f} of {v['n']:,}"
-                      f" (chance {v['chance']:.3f})")
+        said[name] = (f"{v['metric']} {value(v):.3f} ± {v[v['metric'] + '_se']:.3f}"
+                      f" of {v['n']:,} (chance {v['chance']:.3f})")
         if name in theirs:
             x, y = zip(*theirs[name])
             said[name] += f", published at these tokens {np.interp(last['tokens'], x, y):.3f}"
@@ -726,13 +750,14 @@ def summarize(config: Config, model: LLaMA, rows: list[dict[str, Any]], flags: d
     sources = dict.fromkeys(name for r in records for name in r["loss_by_source"])
     losses = {name: smooth([(r["tokens"], r["loss_by_source"][name]) for r in records
                             if name in r["loss_by_source"]]) for name in sources}
-    theirs, panels = published(config.published, rows), [("training loss", "tokens", losses, {})]
+    theirs = published(config.published, rows)
+    panels = [("training loss", "tokens", losses, {})]
     for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
         if rows[-1][kind]:
             ours, other = curves(rows, kind), theirs if kind == "tasks" else {}
             panels.append((title, "tokens", ours, other))
             beside = {f"{name}, published": points for name, points in other.items()}
-            print(f"{title}\n{table(rows, kind)}\n\n{plot('', ours | beside, 'tokens')}\n")
+            print(f"{title}\n{table(rows, kind)}\n\n{plot(title, ours | beside, 'tokens')}\n")
     train.load_weights(model, chosen(config.run_dir, flags["newest"])[-1])
     text = train.continue_text(config, model, config.sample_prompt, flags["tokens"],
                                flags["temperature"])
@@ -751,7 +776,7 @@ def speak(config: Config, model: LLaMA, flags: dict) -> None:
     for token in model.stream([ids], flags["tokens"], flags["temperature"], top_p=0.95):
         ids = [*ids, int(token[0])]
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # else the next token may bring the rest of a character
+        if not text.endswith("\ufffd"):  # else the next may bring the rest of a character
             print(text[len(said) :], end="", flush=True)
             said = text
     print(tokenizer.decode(ids)[len(said) :])
@@ -766,8 +791,8 @@ def read_run(path: str) -> dict[str, Any]:
     settings = train.read_json(Path(path) / "config.json")
     records = train.read_records(Path(path) / "metrics.jsonl")
     if not (settings and records):
-        raise SystemExit(f"{path} is not the directory of a run: config.json and metrics.jsonl,"
-                         " which train.py writes, are not there.")
+        raise SystemExit(f"{path} is not the directory of a run: config.json and"
+                         " metrics.jsonl, which train.py writes, are not there.")
     config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
     flops, tokens = config.flops_per_token(config.seq_len), records[-1]["tokens"]
     valid = next((r["valid"] for r in reversed(records) if "valid" in r), {})
@@ -805,11 +830,14 @@ def compare(paths: list[str]) -> None:
         groups.setdefault(label or "all", []).append(run["scores"])
     if len(groups) < len(runs):
         scores = list(next(iter(runs.values()))["scores"])
-        print("\nmean ± standard deviation over seeds\n" + columns([["", "runs", *scores], *(
+        print("\nmean ± standard deviation over seeds")
+        print(columns([["", "runs", *scores], *(
             [label, str(len(group)), *(spread([s[name] for s in group if name in s])
-                                       for name in scores)] for label, group in groups.items())]))
+                                       for name in scores)]
+            for label, group in groups.items())]))
     losses = {name: run["curve"] for name, run in runs.items()}
-    costs = {name: [(x * run["flops"], y) for x, y in run["curve"]] for name, run in runs.items()}
+    costs = {name: [(x * run["flops"], y) for x, y in run["curve"]]
+             for name, run in runs.items()}
     panels = [("training loss", "tokens", losses, {}), ("training loss", "FLOPs", costs, {})]
     for title, x_name, lines, _ in panels:
         print(f"\n{plot(title, lines, x_name)}")
@@ -840,14 +868,14 @@ def main(argv: list[str]) -> None:
     if min(flags[key] for key in ("stride", "rows", "tokens")) < 0 or flags["batch"] < 1:
         raise SystemExit("--stride, --rows and --tokens must be 0 or more, --batch 1 or more.")
     if flags["stride"] > config.seq_len:
-        raise SystemExit(f"--stride={flags['stride']} is more than the window, {config.seq_len}"
-                         " tokens (seq_len): what lies between would be left out.")
+        raise SystemExit(f"--stride={flags['stride']} is more than the window,"
+                         f" {config.seq_len} tokens (seq_len): some would be left out.")
     train.choose_kernels(config.kernels)
     manifest = prepare_data.load_manifest(config.data_dir)
     n_vocab, end = manifest["tokenizer"]["n_vocab"], config.max_steps
     if n_vocab > config.vocab_size:
-        raise SystemExit(f"The tokenizer of {config.data_dir} has {n_vocab} token ids, the model"
-                         f" of this config {config.vocab_size} (vocab_size).")
+        raise SystemExit(f"The tokenizer of {config.data_dir} has {n_vocab} token ids, the"
+                         f" model of this config {config.vocab_size} (vocab_size).")
     model = build(config)
     if flags["prompt"]:
         train.load_weights(model, chosen(config.run_dir, newest)[-1])
@@ -860,8 +888,8 @@ def main(argv: list[str]) -> None:
         results = follow(config, model, measures(config, manifest, flags),
                          min(total, end or total), flags)
     except KeyboardInterrupt:
-        raise SystemExit(f"Stopped. What was measured is in {config.run_dir}/eval.jsonl; the same"
-                         " command goes on from there.")
+        raise SystemExit(f"Stopped. What was measured is in {config.run_dir}/eval.jsonl; the"
+                         " same command goes on from there.")
     file = next(argument for argument in argv if not argument.startswith("-"))
     summarize(config, model, by_checkpoint(results), flags, file)
 

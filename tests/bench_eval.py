@@ -1,10 +1,10 @@
 """eval.py against lm-evaluation-harness: the same model, questions and batch, in one process.
 
-    python tests/bench_eval.py [--questions=24] [--batch=16] [--threads=0] [--dtype=float32]
+    python tests/bench_eval.py [--questions=12] [--batch=16] [--threads=0] [--dtype=float32]
 
-amber_tiny's shape with a window of 2048, random weights, made-up questions of the lengths of the
-real ones. Each contender scores what it is asked once, tokenizing and building prompts left out
-of neither; the log-likelihoods must agree.
+amber_tiny's shape with a window of 2048, random weights, made-up questions of the lengths of
+the real ones. Each contender builds its prompts, tokenizes and scores; the log-likelihoods must
+agree.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from configs import load
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
