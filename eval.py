@@ -3,7 +3,7 @@
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
     python eval.py configs/amber_tiny.py --watch               # follow a run that is going on
-    python eval.py configs/amber_tiny.py --text=README.md      # perplexity of any text
+    python eval.py configs/amber_tiny.py --text=model.py       # perplexity of any text
     python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest one
     python eval.py --compare runs/a runs/b                     # settings against results
     torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work shared out
