@@ -2,6 +2,7 @@
 #              laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
 # make crystal the same for Crystal: three stages, each going on from the one before
 # make test    the tests
+# make ablation  three learning rates x two seeds, then a table: which differences are more than chance
 # make bench   speed against other code, as ratios
 # make clean   remove data/ and runs/
 CONFIG ?= configs/amber_tiny.py
@@ -25,6 +26,13 @@ test: .venv/dev.installed
 bench: .venv/dev.installed
 	@$(PY) tests/bench_cpu.py
 
+ablation: .venv/run.installed
+	@$(PY) prepare_data.py configs/ablation.py
+	@for rate in 1e-3 3e-3 1e-2; do for seed in 1 2; do \
+	  $(PY) train.py configs/ablation.py --learning_rate=$$rate --seed=$$seed \
+	    --run_dir=runs/ablation/rate_$${rate}_seed_$$seed || exit 1; done; done
+	@$(PY) eval.py --compare runs/ablation/rate_*
+
 .venv/run.installed: requirements.txt
 .venv/dev.installed: requirements-dev.txt requirements.txt
 .venv/%.installed: | .venv/bin/python
@@ -40,5 +48,5 @@ bench: .venv/dev.installed
 clean:
 	rm -rf data runs
 
-.PHONY: run crystal test bench clean
+.PHONY: run crystal test bench ablation clean
 .DELETE_ON_ERROR:

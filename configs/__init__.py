@@ -157,6 +157,11 @@ class Config(ModelConfig):
     keep_rolling: int = 1  # rolling checkpoints kept
     keep_train_state: int = 2  # newest checkpoints that keep their optimizer state; 0 = all
 
+    # -- eval.py
+    task_dir: str = "tasks"  # benchmark files: TASK_DIR/NAME/SPLIT.jsonl or SPLIT*.parquet
+    tasks: str = ""  # of them, "name,name"; "" = our own two and all that task_dir has
+    published: str = ""  # .csv of another run's scores, drawn beside ours: tokens, one per task
+
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_len

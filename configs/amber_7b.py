@@ -11,3 +11,4 @@ micro_batch_size = 10  # rows per GPU on 224 GPUs
 learning_rate = 3e-4
 min_learning_rate = 3e-5
 warmup_steps = 2000
+published = "configs/amber_7b_published.csv"  # Amber's own scores, drawn beside ours

@@ -1,0 +1,502 @@
+"""The same numbers as lm-evaluation-harness; nothing measured twice, nothing lost."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_train import argv, damage, home, straight, words  # noqa: F401
+
+import eval as evaluation
+import prepare_data
+import train
+from configs import Config, load
+
+# A window that the longest prompts of the tasks below exceed and the others do not.
+CONFIG = """
+hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = 32, 64, 2, 2
+vocab_size, seq_len, n_chunks, valid_rows, initializer_range = 400, 512, 1, 4, 0.2
+global_batch_size, micro_batch_size, eval_rows, sample_tokens = 2, 2, 4, 4
+dtype, threads, workers = "float32", 1, 1
+"""
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_tasks(root: Path) -> None:
+    """Small files of every benchmark, in the data sets' own form, some rows awkward on purpose."""
+    draw = random.Random(7)
+    text = words(1, 400).split()
+    odd = ["naïve", "東京", "[header] x", "a  b", "é", "-", "[title] y"]
+
+    def some(a: int, b: int) -> str:
+        return " ".join(draw.choice(odd if draw.random() < 0.1 else text)
+                        for _ in range(draw.randint(a, b)))
+
+    def arc(n: int) -> list[dict[str, Any]]:
+        rows = []
+        for i in range(n):
+            labels = ["ABCDE"[:k] if i % 3 else "12345"[:k] for k in [draw.choice([3, 4, 4, 5])]][0]
+            rows.append({"id": str(i), "question": some(2, 14) + "?" + " " * (i == 3),
+                         "choices": {"text": [some(1, 5) for _ in labels], "label": list(labels)},
+                         "answerKey": draw.choice(labels)})
+        return rows
+
+    write(root / "arc_challenge/train.jsonl", arc(40))
+    write(root / "arc_challenge/test.jsonl", arc(20))
+    for split, n in (("train", 17), ("validation", 20)):
+        rows = [{"ind": i, "activity_label": some(1, 2), "ctx_a": some(3, 9) + ".",
+                 "ctx_b": some(1, 3), "ctx": "", "endings": [some(2, 8) for _ in range(4)],
+                 "label": str(draw.randrange(4))} for i in range(n)]
+        write(root / f"hellaswag/{split}.jsonl", rows)
+    # a question that is among the examples, twice: neither may be shown to it
+    copies = [rows[2], rows[2], *rows[5:9], *rows[9:20]]
+    write(root / "hellaswag/train.jsonl", copies)
+    for subject in ("abstract_algebra", "us_foreign_policy"):
+        for split, n in (("dev", 5), ("test", 14)):
+            write(root / f"mmlu/{subject}/{split}.jsonl", [
+                {"question": some(4, 40) + "\n", "subject": subject, "answer": draw.randrange(4),
+                 "choices": [some(1, 3) for _ in range(4)]} for _ in range(n)])
+    targets = lambda n, right: {"choices": [some(1, 9) for _ in range(n)],  # noqa: E731
+                                "labels": [1] * right + [0] * (n - right)}
+    write(root / "truthfulqa/validation.jsonl", [
+        {"question": some(3, 9) + "?", "mc1_targets": targets(draw.randint(3, 6), 1),
+         "mc2_targets": targets(6, draw.randint(1, 4))} for _ in range(14)])
+    write(root / "piqa/validation.jsonl", [
+        {"goal": some(2, 9), "sol1": some(3, 9), "sol2": some(3, 9), "label": draw.randrange(2)}
+        for _ in range(14)])
+    write(root / "winogrande/validation.jsonl", [
+        {"sentence": f"{some(2, 5)} _ {some(2, 6)}." if i else "_ was here.", "option1": some(1, 1),
+         "option2": some(1, 2), "answer": draw.choice("12")} for i in range(14)])
+    write(root / "boolq/validation.jsonl", [
+        {"question": some(3, 7), "passage": some(5, 300), "idx": i, "label": draw.randrange(2)}
+        for i in range(14)])
+    write(root / "openbookqa/test.jsonl", [
+        {"id": str(i), "question_stem": some(2, 9), "answerKey": draw.choice("ABCD"),
+         "choices": {"text": [some(1, 4) for _ in range(4)], "label": list("ABCD")}}
+        for i in range(14)])
+
+
+@pytest.fixture(scope="module")
+def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, its data, a run of one checkpoint, and all tasks."""
+    folder = tmp_path_factory.mktemp("quiz")
+    write(folder / "text.jsonl", [{"text": words(i, 60)} for i in range(20)])
+    (folder / "quiz.py").write_text(CONFIG + "\n".join(
+        f"{key} = {value!r}" for key, value in {
+            "sources": {"text": str(folder / "text.jsonl")}, "data_dir": str(folder / "data"),
+            "run_dir": str(folder / "run"), "task_dir": str(folder / "tasks")}.items()))
+    prepare_data.main([str(folder / "quiz.py")])
+    train.main([str(folder / "quiz.py")])
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def hugging_face(folder: Path, config: Config, weights: dict[str, torch.Tensor]) -> Path:
+    """The model and its tokenizer as a directory that transformers reads."""
+    from safetensors.torch import save_file
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    ours = prepare_data.load_tokenizer(config.data_dir)
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+            " num_key_value_heads rms_norm_eps rope_theta tie_word_embeddings").split()
+    train.write_json(folder / "config.json", {
+        **{key: getattr(config, key) for key in keys}, "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": config.seq_len,
+        "bos_token_id": None, "eos_token_id": ours.eos_id, "torch_dtype": "float32"})
+    # byte-level BPE: bytes in the letters that GPT-2 writes them with, merges in order of rank
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letter = {b: chr(b) for b in plain} | {
+        b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(plain)))}
+    name = {piece: "".join(letter[b] for b in piece) for piece in ours.ranks}
+    merges = []
+    for piece, rank in ours.ranks.items():
+        parts = [bytes([b]) for b in piece]
+        while len(parts) > 2:
+            _, i = min((ours.ranks.get(a + b, rank), i)
+                       for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((name[parts[0]], name[parts[1]]))
+    theirs = Tokenizer(models.BPE({name[p]: i for p, i in ours.ranks.items()}, merges))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(ours.pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([prepare_data.EOT])
+    theirs.save(str(folder / "tokenizer.json"))
+    train.write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": prepare_data.EOT})
+    return folder
+
+
+HARNESS = {  # our task: its yaml, the folder of its files, their splits
+    "arc_challenge": ("arc/arc_challenge.yaml", "arc_challenge", ("train", "test")),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag", ("train", "validation")),
+    "mmlu/abstract_algebra": ("mmlu/default/mmlu_abstract_algebra.yaml", "mmlu/abstract_algebra",
+                              ("dev", "test")),
+    "mmlu/us_foreign_policy": ("mmlu/default/mmlu_us_foreign_policy.yaml",
+                               "mmlu/us_foreign_policy", ("dev", "test")),
+    "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa", ("validation",)),
+    "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", "truthfulqa", ("validation",)),
+    "piqa": ("piqa/piqa.yaml", "piqa", ("validation",)),
+    "winogrande": ("winogrande/default.yaml", "winogrande", ("validation",)),
+    "boolq": ("super_glue/boolq/default.yaml", "boolq", ("validation",)),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "openbookqa", ("test",)),
+}
+
+
+def harness_task(name: str, root: Path) -> Any:
+    """A task of the harness as it is, but for where its files are and the splits we wrote."""
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+    file, folder, splits = HARNESS[name]
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file)
+    for kind in ("training", "validation", "test"):
+        if config.get(f"{kind}_split") not in splits:
+            config.pop(f"{kind}_split", None)
+    files = {split: str(root / folder / f"{split}.jsonl") for split in splits}
+    config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {
+        "data_files": files, "cache_dir": str(root / "cache")}}
+    task = ConfigurableTask(config=config)
+    task.set_config("num_fewshot", evaluation.TASKS[name.split("/")[0]].shots)
+    task.set_fewshot_seed(1234)  # simple_evaluate's default
+    return task
+
+
+@pytest.fixture(scope="module")
+def measured(quiz: Path) -> list[dict[str, Any]]:
+    """Our results of the run's checkpoint, in everything there is."""
+    evaluation.main([str(quiz / "quiz.py"), "--tokens=2"])
+    return train.read_records(quiz / "run/eval.jsonl")
+
+
+def test_the_same_numbers_as_the_harness(quiz: Path, measured: list, tmp_path: Path) -> None:
+    for package in ("lm_eval", "transformers", "safetensors"):
+        pytest.importorskip(package)
+    from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    config, _ = load([str(quiz / "quiz.py")])
+    net = evaluation.build(config)
+    train.load_weights(net, quiz / "run/ckpt_000")
+    hub = hugging_face(tmp_path / "hub", config, net.state_dict())
+    tasks = {name: harness_task(name, quiz / "tasks") for name in HARNESS}
+    theirs = evaluate(HFLM(pretrained=str(hub), device="cpu", dtype="float32", batch_size=16),
+                      {t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
+    ours = {r["measure"]: r["result"] for r in measured}
+    assert {*ours} == {*HARNESS, *evaluation.OWN, "held-out"}
+    cut = 0
+    for name, task in tasks.items():
+        entry, folder = evaluation.TASKS[name.split("/")[0]], quiz / "tasks" / HARNESS[name][1]
+        subject = name.partition("/")[2].replace("_", " ")
+        asked = evaluation.questions(config, entry, folder, subject)
+        samples = sorted(theirs["samples"][task.config.task], key=lambda s: s["doc_id"])
+        assert len(asked) == len(samples)
+        # question by question, choice by choice, for every way of batching
+        for batch in (3, 64):
+            for mine, sample in zip(evaluation.log_likelihoods(
+                    net, [q.rows for q in asked], batch), samples):
+                expected = [float(ll) for ll, _ in sample["filtered_resps"]]
+                np.testing.assert_allclose(mine, expected, rtol=2e-6, atol=2e-5)
+        cut += sum(len(ids) == config.seq_len + 1 for q in asked for ids, _ in q.rows)
+        scores = theirs["results"][task.config.task]
+        metrics = {"acc": "acc", entry.metric: entry.metric}
+        metrics = {"mc2": "acc"} if entry.metric == "mc2" else metrics
+        for our_name, their_name in metrics.items():
+            assert ours[name][our_name] == pytest.approx(scores[f"{their_name},none"], abs=1e-6)
+            deviation = np.std([s[their_name] for s in samples], ddof=1) / len(samples) ** 0.5
+            assert ours[name][f"{our_name}_se"] == pytest.approx(deviation, abs=1e-6)
+    assert cut > 20  # prompts longer than the window were among them
+    parts = [ours[name] for name in ours if name.startswith("mmlu/")]
+    row = evaluation.by_checkpoint(measured)[0]["tasks"]["mmlu"]
+    sizes = [p["n"] for p in parts]
+    assert row["acc"] == pytest.approx(
+        aggregate_subtask_metrics([p["acc"] for p in parts], sizes), abs=1e-9)
+    assert row["acc_se"] == pytest.approx(
+        pooled_sample_stderr([p["acc_se"] for p in parts], sizes), abs=1e-9)
+
+
+def test_each_checkpoint_is_measured_once(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                                          capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    evaluation.main(argv(home, run, checkpoints="0,2"))
+    first = (run / "eval.jsonl").read_text().splitlines()
+    (run / "eval.jsonl").write_text("\n".join(first[:3]) + '\n{"checkpoint": "ckpt_0')  # killed
+    evaluation.main(argv(home, run))
+    text = capsys.readouterr().out
+    results = train.read_records(run / "eval.jsonl")
+    names = [(r["checkpoint"], r["measure"]) for r in results]
+    assert len(names) == len(set(names)) == 9  # 3 checkpoints, held-out and our own two
+    assert text.count("held-out prose: loss") == 2 and "continuation: acc" in text
+    held = [r["result"] for r in results if r["measure"] == "held-out"]
+    last = train.read_records(straight / "metrics.jsonl")[-1]["valid"]["prose"]["loss"]
+    assert any(r["prose"]["loss"] == pytest.approx(last, rel=1e-5) for r in held)
+    with pytest.raises(SystemExit, match="There is no checkpoint .*ckpt_007; .* has: ckpt_000"):
+        evaluation.main(argv(home, run, checkpoints=7))
+    damage(run / "ckpt_001/model/__0_0.distcp", "flipped")
+    (run / "eval.jsonl").unlink()
+    shutil.copytree(run / "ckpt_000", run / "ckpt_005")
+    (run / "ckpt_005/manifest.json").unlink()
+    evaluation.main(argv(home, run))
+    text = capsys.readouterr().out
+    assert "ckpt_001: model/__0_0.distcp is damaged" in text
+    assert "ckpt_005: it is half-written" in text
+    assert len(train.read_records(run / "eval.jsonl")) == 6
+
+
+# ---- scores
+
+
+def by_hand(net: Any, ids: list[int], n: int) -> float:
+    """log p of the last n ids, one row alone, in one pass."""
+    with torch.no_grad():
+        log_p = net(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+    return sum(float(log_p[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
+
+
+@pytest.fixture(scope="module")
+def net(home: Path, straight: Path) -> Any:  # noqa: F811
+    config, _ = load(argv(home, straight))
+    net = evaluation.build(config)
+    train.load_weights(net, straight / "ckpt_002")
+    return net
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+@pytest.mark.parametrize("spared", [0.0, 0.1, 9.0])
+def test_sharing_changes_no_score(net: Any, batch: int, spared: float,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MIN_SPARED", spared)
+    draw = np.random.default_rng(0)
+    ids = lambda n: draw.integers(300, size=n).astype(np.int32)  # noqa: E731
+    common, asked = ids(5), []
+    for kind in range(12):
+        context = np.concatenate([common[: kind % 6], ids(1 + kind % 7)])
+        word = ids(2)  # choices that begin alike share more than their context
+        choices = [np.append(word[: kind % 3], ids(1 + k * (kind % 2)))
+                   for k in range(1 + kind % 4)]
+        asked.append([(np.append(context, c), len(c)) for c in choices])
+    for rows, found in zip(asked, evaluation.log_likelihoods(net, asked, batch)):
+        expected = [by_hand(net, row.tolist(), n) for row, n in rows]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 12, 13, 40])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_windows_score_every_token_once_with_all_the_context_there_is(length: int,
+                                                                      stride: int) -> None:
+    seen = []
+    for ids, n in evaluation.windows(np.arange(length + 1), 8, stride):
+        assert len(ids) <= 9
+        for target in ids[-n:]:
+            seen.append(int(target))
+            assert target - ids[0] >= min(target, 8 - stride + 1)
+    assert seen == list(range(1, length + 1))
+
+
+def test_text_of_a_file(home: Path, straight: Path, net: Any, tmp_path: Path,  # noqa: F811
+                        capsys: pytest.CaptureFixture) -> None:
+    file, text = tmp_path / "some text.txt", words(5, 6) + " é 東"
+    file.write_text(text, encoding="utf-8")
+    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
+    ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
+    nats, window = 0.0, net.config.seq_len
+    for i in range(1, len(ids)):  # stride 1: each token after a whole window
+        nats -= by_hand(net, ids[max(0, i - window) : i + 1], 1)
+    for batch in (1, 7):
+        found = evaluation.measure_text(net.config, [text], 1, batch, net)
+        assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert found["perplexity"] == pytest.approx(np.exp(nats / (len(ids) - 1)), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()))
+        assert found["tokens"] == len(ids) - 1
+    run = shutil.copytree(straight, tmp_path / "run")
+    evaluation.main(argv(home, run, text=file, checkpoints="0,2"))
+    assert "some text.txt: loss" in capsys.readouterr().out
+    assert len(train.read_records(run / "eval.jsonl")) == 2
+    for content, words_of_it in ((b"", "no text"), (b"a\0b", "no text")):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit, match=words_of_it):
+            evaluation.main(argv(home, run, text=file))
+    with pytest.raises(SystemExit, match="no such file"):
+        evaluation.main(argv(home, run, text=tmp_path / "none.txt"))
+    with pytest.raises(SystemExit, match="stride=99 is more than the window, 32"):
+        evaluation.main(argv(home, run, text=file, stride=99))
+
+
+def test_own_questions_are_what_they_say(quiz: Path) -> None:
+    config, _ = load([str(quiz / "quiz.py")])
+    manifest = prepare_data.load_manifest(config.data_dir)
+    rows = prepare_data.open_valid(config.data_dir, manifest, "text")["token_ids"].astype(int)
+    for i, q in enumerate(evaluation.own_questions(config, manifest, "continuation")):
+        right = q.rows[int(q.right.argmax())][0]
+        assert right.tolist() == rows[i, :64].tolist() and q.right.argmax() == i % 4
+        assert sum(row.tolist() == right.tolist() for row, _ in q.rows) == 1
+    for i, q in enumerate(evaluation.own_questions(config, manifest, "recall")):
+        right = q.rows[int(q.right.argmax())][0]
+        assert right.tolist() == [*rows[i, :64], *rows[i, :16]] and q.rows[0][1] == 8
+
+
+def test_parquet_is_read_as_jsonl_is(quiz: Path, tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    config, task = load([str(quiz / "quiz.py")])[0], evaluation.TASKS["openbookqa"]
+    folder = quiz / "tasks/openbookqa"
+    docs = evaluation.read_split([folder / "test.jsonl"])
+    pq.write_table(pa.Table.from_pylist(docs), tmp_path / "test-00000-of-00001.parquet")
+    for a, b in zip(evaluation.questions(config, task, folder, ""),
+                    evaluation.questions(config, task, tmp_path, "")):
+        assert all(np.array_equal(x, y) for (x, _), (y, _) in zip(a.rows, b.rows))
+
+
+@pytest.mark.parametrize("task, file, content, sentence", [
+    ("piqa", "piqa/validation.jsonl", None, r"piqa has no validation.jsonl and no validation"
+     r"\*.parquet: .* huggingface.co/datasets/baber/piqa"),
+    ("piqa", "piqa/validation.jsonl", "", "has no rows"),
+    ("piqa", "piqa/validation.jsonl", '{"goal": "x"}\n', "after 0 questions: a row is not in the"
+     " form of huggingface.co/datasets/baber/piqa"),
+    ("piqa", "piqa/validation.jsonl", '{"goal": ', "cannot be read"),
+    ("mmlu", "mmlu/abstract_algebra/dev.jsonl", '{"a": 1}\n', "1 rows in dev: too few"),
+])
+def test_files_that_are_not_as_they_should_be(quiz: Path, tmp_path: Path, task: str, file: str,
+                                              content: str | None, sentence: str) -> None:
+    tasks = shutil.copytree(quiz / "tasks", tmp_path / "tasks")
+    (tasks / file).unlink()
+    if content is not None:
+        (tasks / file).write_text(content)
+    with pytest.raises(SystemExit, match=sentence):
+        evaluation.main([str(quiz / "quiz.py"), f"--tasks={task}", f"--task_dir={tasks}"])
+
+
+def test_wrong_names_and_sizes(quiz: Path, tmp_path: Path) -> None:
+    config = str(quiz / "quiz.py")
+    for setting, sentence in (
+            ("--tasks=hellaswag,mmmlu", "there is no 'mmmlu'; there are continuation, recall, arc"),
+            ("--vocab_size=300", "has 400 token ids, the model of this config 300"),
+            ("--vocab_size=500", "has vocab_size = 400, this config 500"),
+            ("--batch=0", "--batch 1 or more"),
+            ("--published=none.csv", "none.csv' cannot be read"),
+            (f"--run_dir={tmp_path}/none", "has no checkpoint yet")):
+        with pytest.raises(SystemExit, match=sentence):
+            evaluation.main([config, "--tokens=1", setting])
+    with pytest.raises(SystemExit, match="mmlu/abstract_algebra has no test.jsonl"):
+        evaluation.main([config, "--tasks=mmlu", f"--task_dir={tmp_path}"])
+
+
+# ---- many checkpoints, many processes, a run that is going on
+
+
+def test_processes_share_the_work(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    alone = shutil.copytree(straight, tmp_path / "alone")
+    evaluation.main(argv(home, alone, checkpoints="0,2"))
+    together = shutil.copytree(straight, tmp_path / "together")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
+         f"--master_port={29500 + os.getpid() % 1000}", "eval.py",
+         *argv(home, together, checkpoints="0,2")], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(evaluation.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out prose: loss") == 1
+    a, b = ({json.dumps(r["of"]): r["result"] for r in train.read_records(p / "eval.jsonl")}
+            for p in (alone, together))
+    assert a == b and len(train.read_records(together / "eval.jsonl")) == len(a)
+
+
+def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    run, waiting = tmp_path / "run", ["ckpt_000", "ckpt_001", "ckpt_002"]
+    seen: list[int] = []
+
+    def sleep(_: float) -> None:  # the run saves a checkpoint between two looks
+        shutil.copytree(straight / waiting[0], run / waiting[0])
+        seen.append(len(train.read_records(run / "eval.jsonl")))
+        waiting.pop(0)
+
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
+    evaluation.main(argv(home, run, watch=True))
+    assert seen == [0, 3, 6] and len(train.read_records(run / "eval.jsonl")) == 9
+    evaluation.main(argv(home, run, watch=True))  # over: nothing to wait for
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.time, "sleep", stop)
+    shutil.rmtree(run / "ckpt_002")
+    with pytest.raises(SystemExit, match="Stopped. What was measured is in"):
+        evaluation.main(argv(home, run, watch=True))
+
+
+# ---- what is printed
+
+
+def test_compare(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                 capsys: pytest.CaptureFixture) -> None:
+    paths = []
+    for rate in ("1e-2", "1e-3"):
+        for seed in (1, 2):
+            paths.append(str(tmp_path / f"rate_{rate}_{seed}"))
+            train.main(argv(home, paths[-1], learning_rate=rate, seed=seed, max_steps=8))
+    capsys.readouterr()
+    evaluation.main(["--compare", *paths])
+    text = capsys.readouterr().out
+    assert "learning_rate" in text and "hidden_size" not in text and "run_dir" not in text
+    assert "rate_1e-2_1  rate_1e-2_2  rate_1e-3_1" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("learning_rate ")]
+    assert len(rows[0]) == 5 and [row[1:3] for row in rows[1:]] == [["0.01", "2"], ["0.001", "2"]]
+    losses = [train.read_records(Path(p) / "metrics.jsonl")[-1]["valid"] for p in paths[:2]]
+    both = [np.mean([v["loss"] for v in valid.values()]) for valid in losses]
+    assert f"{np.mean(both):.3f} ± {np.std(both, ddof=1):.3f}" in text
+    assert "training loss" in text and "FLOPs" in text
+    with pytest.raises(SystemExit, match="two or more"):
+        evaluation.main(["--compare", paths[0]])
+    with pytest.raises(SystemExit, match="nowhere is not the directory of a run"):
+        evaluation.main(["--compare", paths[0], str(tmp_path / "nowhere")])
+
+
+def test_a_prompt_is_continued_as_it_is_generated(
+        home: Path, straight: Path, net: Any, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    evaluation.main(argv(home, straight, prompt="an é", tokens=30, temperature=0.0))
+    assert capsys.readouterr().out == train.continue_text(net.config, net, "an é", 30) + "\n"
+    pieces = "né東".encode()  # half a character is held back until it is whole
+    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
+    ids = [next(i for i, p in tokenizer.pieces.items() if p == bytes([b])) for b in pieces]
+
+    class Parrot:
+        def stream(self, *_: Any, **__: Any) -> Any:
+            for i in ids:
+                yield [i]
+                said.append(capsys.readouterr().out)
+
+    said: list[str] = []
+    evaluation.speak(net.config, Parrot(), {"prompt": "a", "tokens": 6, "temperature": 0.0})
+    assert said == ["an", "", "é", "", "", "東"]
+
+
+def test_published_curves_lie_beside_ours(quiz: Path, measured: list, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture) -> None:
+    rows = evaluation.by_checkpoint(measured)
+    file = tmp_path / "theirs.csv"
+    file.write_text("# source\ntokens,piqa,mmlu_macro,other\n10,0.25,,1\n20000,0.75,0.5,1\n"
+                    "9e9,1,1,1\n")
+    assert evaluation.published(str(file), rows) == {
+        "mmlu_macro": [(20000.0, 0.5)], "piqa": [(10.0, 0.25), (20000.0, 0.75)]}
+    evaluation.main([str(quiz / "quiz.py"), f"--published={file}", "--tokens=1"])
+    text = capsys.readouterr().out
+    assert "published at these tokens 0.750" in text and "piqa, published 0.750" in text
+    rows = [{"tokens": 1.3e12, "tasks": evaluation.TASKS | {"mmlu_macro": 0}}]
+    theirs = evaluation.published(load(["configs/amber_7b.py"])[0].published, rows)
+    assert theirs["hellaswag"][0] == (3495690240.0, 0.2483) and len(theirs["hellaswag"]) == 356
+    assert theirs["mmlu_macro"][-1][1] == pytest.approx(0.2853)  # ckpt_355 on the model's card
