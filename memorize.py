@@ -122,16 +122,22 @@ def figures(matches: list[int] | np.ndarray, length: int) -> dict[str, float]:
 def summarize(config: Config, manifest: dict, cells: list[dict], flags: dict) -> dict[str, Any]:
     """Everything memorization.json holds, from the agreeing positions of each cell's rows."""
     length, batch = flags["l"], config.global_batch_size
-    ends = np.cumsum([c["rows"] // batch for c in manifest["chunks"]])  # last step of each
+    skipped, n_chunks = prepare_data.skipped_places(config.run_dir), len(manifest["chunks"])
     names = list(dict.fromkeys(c["of"]["checkpoint"] for c in cells))
     chunks = list(dict.fromkeys(c["of"]["chunk"] for c in cells))
     by_age: dict[int, list[int]] = {}
     for c in cells:  # age 0: the chunk just trained on; negative: not yet seen
+        done, left, chunk = -1, c["step"] or 0, c["of"]["chunk"]
         if c["step"] is None:
-            done = chunk_of(c["of"]["checkpoint"], len(ends))
-        else:
-            done = int(np.searchsorted(ends, c["step"], side="right")) - 1
-        by_age.setdefault(done - c["of"]["chunk"], []).extend(c["matches"])
+            done = chunk_of(c["of"]["checkpoint"], n_chunks)
+        for place, steps in prepare_data.places(manifest, batch, skipped):
+            if left == 0 or left < steps:
+                break
+            done, left = place, left - steps
+        met = [place for place in range(chunk, done + 1, n_chunks)
+               if not any(p <= place and p % n_chunks == chunk for p in skipped)]
+        age = done - met[-1] if met else min(-1, done - chunk)
+        by_age.setdefault(age, []).extend(c["matches"])
     last = [c for c in cells if c["of"]["checkpoint"] == names[-1]]
     pooled = np.concatenate([c["matches"] for c in last])
     source, texts = describe_rows(config, manifest, last, flags)

@@ -1550,26 +1550,32 @@ def total_steps(manifest: dict[str, Any], batch: int) -> int:
     return sum(chunk["rows"] // batch for chunk in manifest["chunks"])
 
 
-def locate(manifest: dict[str, Any], batch: int, step: int,
-           skipped: Iterable[int] = ()) -> tuple[int, int]:
-    """(place, step in the chunk) of optimizer step `step`, from 0; raises SystemExit beyond.
+def places(manifest: dict[str, Any], batch: int,
+           skipped: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
+    """The sequence of chunks as a run meets them, without end: (place, steps of its chunk).
 
-    A place is a number in the sequence of chunks: place p is chunk p, and after the last chunk the
-    sequence begins again (p modulo the chunks), to make up for `skipped` places. A chunk that was
-    skipped is not met again.
+    Place p is chunk p, and after the last chunk the sequence begins again (p modulo the chunks), to
+    make up for `skipped` places. A chunk that was skipped is not met again.
     """
-    chunks, left = manifest["chunks"], step
-    bad = {place % len(chunks): place for place in skipped}  # chunk -> left out from this place on
-    if 0 <= step < total_steps(manifest, batch) and len(bad) < len(chunks):
-        for place in itertools.count():
-            chunk = place % len(chunks)
-            if place < bad.get(chunk, math.inf):
-                if left < chunks[chunk]["rows"] // batch:
-                    return place, left
-                left -= chunks[chunk]["rows"] // batch
+    steps = [chunk["rows"] // batch for chunk in manifest["chunks"]]
+    bad = {place % len(steps): place for place in skipped}  # chunk -> left out from this place on
+    for place in itertools.count() if len(bad) < len(steps) else ():
+        if place < bad.get(place % len(steps), math.inf):
+            yield place, steps[place % len(steps)]
+
+
+def locate(manifest: dict[str, Any], batch: int, step: int,
+           skipped: Collection[int] = ()) -> tuple[int, int]:
+    """(place, step in its chunk) of optimizer step `step`, from 0; raises SystemExit beyond."""
+    left = step
+    if 0 <= step < total_steps(manifest, batch):
+        for place, steps in places(manifest, batch, skipped):
+            if left < steps:
+                return place, left
+            left -= steps
     raise SystemExit(f"there is no step {step}: the data has {total_steps(manifest, batch)} steps"
                      f" of {batch} rows, and the first is 0"
-                     + f"; {len(bad)} chunks are left out" * bool(bad) + ".")
+                     + f"; chunks left out: {len(skipped)}" * bool(skipped) + ".")
 
 
 def skipped_places(run_dir: str | Path) -> list[int]:

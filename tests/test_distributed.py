@@ -46,7 +46,7 @@ def launch(n: int, home: Path, jobs: list[dict[str, Any]]) -> list[str]:
 
 
 def inject(rank: int, step: int, micro: int, where: str, times: int = 1) -> None:
-    """Make one loss, or the gradient of one, not finite, `times` times."""
+    """Make one loss, or the gradient of one, not finite, `times` times; or send a signal."""
     forward, train_step = LLaMA.forward, train.train_step
     now = {"step": 0, "micro": 0, "left": times}
 
@@ -64,6 +64,9 @@ def inject(rank: int, step: int, micro: int, where: str, times: int = 1) -> None
             return out
         now["left"] -= 1
         loss, each = out
+        if where == "signal":  # to this process alone
+            os.kill(os.getpid(), signal.SIGTERM)
+            return out
         if where == "gradient":
             loss.register_hook(lambda g: g * torch.nan)
             return loss, each
@@ -131,6 +134,9 @@ def test_two_processes(home: Path, straight: Path, tmp_path: Path) -> None:
         job("chunk", at | {"where": "loss"}, on_nonfinite="skip_chunk", save_minutes=1e-9),
         job("fsdp", replay=1),
         job("uneven", micro_batch_size=8),
+        job("fsdp", resume="false"),
+        job("signal", at | {"where": "signal"}),
+        job("signal"),
     ])
     assert ends[:6] == [""] * 6
     assert_close_run(straight, tmp_path / "ddp")
@@ -156,6 +162,9 @@ def test_two_processes(home: Path, straight: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in metrics(tmp_path / "step") if "skipped" in r] == [9]
     assert [r["chunk"] for r in metrics(tmp_path / "chunk")] == [0] * 6 + [2] * 6 + [0] * 6
     assert "processes (8 x 2 = 16); 16 would do" in ends[11]
+    assert "already holds a run" in ends[12]
+    assert (tmp_path / "signal/step_0000009").exists() and ends[13:] == ["", ""]
+    assert_same_run(tmp_path / "fsdp", tmp_path / "signal")
     # a checkpoint of two processes goes on in one, with no process group
     shutil.copytree(tmp_path / "fsdp", tmp_path / "in_one")
     shutil.rmtree(tmp_path / "in_one/ckpt_002")
@@ -184,25 +193,21 @@ def test_four_processes(home: Path, straight: Path, tmp_path: Path) -> None:
     assert_close_run(straight, tmp_path / "resharded")
 
 
-def test_a_killed_rank_is_started_again_to_the_same_bits(home: Path, tmp_path: Path) -> None:
-    """torchrun --max-restarts; then SIGTERM to torchrun itself, and a second start."""
-    settings = {"micro_batch_size": 2, "save_minutes": 1e-9}
-    launch(2, home, [{"argv": argv(home, tmp_path / "straight", **settings)}])
-    words = ["train.py", *argv(home, tmp_path / "run", **settings)]
-    process = torchrun(2, *words, max_restarts=2)
-    victim = wait_for(tmp_path / "run", 3, process)
-    os.kill(victim[1], signal.SIGKILL)
-    wait_for(tmp_path / "run", 9, process)
-    process.send_signal(signal.SIGTERM)
+def test_a_killed_rank_is_started_again_and_a_stuck_one_is_named(home: Path,
+                                                                  tmp_path: Path) -> None:
+    """torchrun starts a run again; what is frozen is named; a third start gives the same bits."""
+    settings = {"micro_batch_size": 2, "save_minutes": 1e-9, "timeout_minutes": 0.15}
+    words = argv(home, tmp_path / "run", **settings)
+    process = torchrun(2, "train.py", *words, max_restarts=1)
+    os.kill(wait_for(tmp_path / "run", 3, process)[1], signal.SIGKILL)
+    os.kill(wait_for(tmp_path / "run", 9, process)[1], signal.SIGSTOP)
     text, _ = process.communicate(timeout=LONG)
-    assert "Resuming" in text and "saved at step" in text
-    process = torchrun(2, *words)
-    text, _ = process.communicate(timeout=LONG)
-    assert process.returncode == 0, text
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
-    refused = torchrun(2, "train.py", *argv(home, tmp_path / "run", resume="false"))
-    text, _ = refused.communicate(timeout=LONG)
-    assert refused.returncode == 1 and text.count("already holds a run") == 1
+    assert process.returncode == 1 and "Resuming" in text
+    assert "No progress for 0.15 minutes" in text and "Stuck: rank 1 on " in text
+    assert "Stuck: rank 0" not in text
+    ends = launch(2, home, [{"argv": words}, {"argv": argv(home, tmp_path / "peace", **settings)}])
+    assert ends == ["", ""]
+    assert_same_run(tmp_path / "peace", tmp_path / "run")
 
 
 def wait_for(run_dir: Path, n: int, process: subprocess.Popen) -> list[int]:
@@ -213,17 +218,6 @@ def wait_for(run_dir: Path, n: int, process: subprocess.Popen) -> list[int]:
         time.sleep(0.01)
     starts = [r for r in train.read_records(run_dir / "ledger.jsonl") if r["event"] == "start"]
     return starts[-1]["pids"]
-
-
-def test_a_stuck_rank_is_named(home: Path, tmp_path: Path) -> None:
-    process = torchrun(2, "train.py", *argv(home, tmp_path / "run", micro_batch_size=1,
-                                            timeout_minutes=0.1, threads=1))
-    victim = wait_for(tmp_path / "run", 2, process)[1]
-    os.kill(victim, signal.SIGSTOP)
-    text, _ = process.communicate(timeout=LONG)
-    assert process.returncode == 1
-    assert "No progress for 0.1 minutes" in text and "Stuck: rank 1 on " in text
-    assert "Stuck: rank 0" not in text
 
 
 if __name__ == "__main__":
