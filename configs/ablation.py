@@ -1,4 +1,4 @@
-# `make ablation`: amber_tiny on a third of its data, six runs of half a minute.
+# `make ablation`: amber_tiny on a third of its data, six runs of a minute or less.
 from configs.amber_tiny import *  # noqa: F403
 
 n_chunks = 3
