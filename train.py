@@ -312,7 +312,7 @@ def shard_size(config: Config, world: int) -> int:
         return world
     if config.parallel == "ddp":
         return 1
-    size = config.shard_size or min(world, int(os.environ.get("LOCAL_WORLD_SIZE", 8)))
+    size = min(world, config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 8)))
     if world % size:
         raise SystemExit(f"hsdp: {world} processes cannot be divided into groups of {size};"
                          " give a --shard_size that divides them.")
@@ -936,8 +936,10 @@ def facts(config: Config, manifest: dict[str, Any] | None, world: int
     rows = {
         "settings": given + "; the rest as in configs/__init__.py",
         "parameters": f"{c.n_params:,}",
-        "data": f"{c.data_dir}: {len(sizes)} chunks of {min(sizes)} to {max(sizes)} steps"
-                + ("" if manifest else ", not prepared yet"),
+        "data": f"{c.data_dir}: {len(sizes)} chunks"
+                + (f" of {min(sizes)} to {max(sizes)} steps" if last else "")
+                + ("" if manifest else ", not prepared yet")
+                + ("" if last else ": how many steps they hold is not known"),
         "tokens per step": f"{c.tokens_per_step:,} = {c.global_batch_size} rows of {c.seq_len};"
                            f" {micro_batches(c, world)} micro-batches of {c.micro_batch_size}{how}",
         "steps": f"{last:,} = {last * c.tokens_per_step:,} tokens",
@@ -1225,7 +1227,7 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
     weights, n = 4 * config.n_params, len(manifest["chunks"]) if manifest else config.n_chunks
     kept = min(n, config.keep_train_state or n)
     rows |= {
-        "time": f"{days:.1f} days at {speed:,.0f} tokens/s, if MFU is {mfu:.1%}"
+        "time": (f"{days:.1f} days at " if steps else "") + f"{speed:,.0f} tokens/s, if MFU is {mfu:.1%}"
                 f" ({mfu * 6 * config.n_params / per_token:.1%} by 6 FLOPs a parameter) of"
                 f" {peak:g} TFLOP/s (--mfu=, --peak_tflops=)",
         "checkpoint": f"{weights / 1e9:.1f} GB of weights, {2 * weights / 1e9:.1f} GB of optimizer"

@@ -1,6 +1,6 @@
 # Amber 7B exactly (LLM360, 2023): 6,738,415,616 parameters, 1.26T tokens, 360 checkpoints.
 # Every model and optimizer setting is the default of configs/__init__.py; what is written here is
-# what a person should see: torchrun train.py configs/amber_7b.py
+# what a person should see. README.md, "Many GPUs", has the commands.
 tokenized = "data/AmberDatasets/train/train_*.jsonl"  # LLM360's released chunks, already tokenized
 tokenizer = "llama:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
 rows_per_chunk = 1_706_976  # 762 steps of 2240 rows; 96 rows are left over
@@ -8,6 +8,9 @@ n_chunks = 360
 seq_len = 2048
 global_batch_size = 2240  # rows = 4,587,520 tokens
 micro_batch_size = 10  # rows per GPU on 224 GPUs
+parallel = "hsdp"  # shard within groups of 4 GPUs, a node of Amber's; replicate across them
+shard_size = 4
+activation_checkpointing = "full"  # as Amber
 learning_rate = 3e-4
 min_learning_rate = 3e-5
 warmup_steps = 2000
