@@ -1227,9 +1227,9 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
     weights, n = 4 * config.n_params, len(manifest["chunks"]) if manifest else config.n_chunks
     kept = min(n, config.keep_train_state or n)
     rows |= {
-        "time": (f"{days:.1f} days at " if steps else "") + f"{speed:,.0f} tokens/s, if MFU is {mfu:.1%}"
-                f" ({mfu * 6 * config.n_params / per_token:.1%} by 6 FLOPs a parameter) of"
-                f" {peak:g} TFLOP/s (--mfu=, --peak_tflops=)",
+        "time": (f"{days:.1f} days at " if steps else "") + f"{speed:,.0f} tokens/s, if MFU is"
+                f" {mfu:.1%} ({mfu * 6 * config.n_params / per_token:.1%} by 6 FLOPs a"
+                f" parameter) of {peak:g} TFLOP/s (--mfu=, --peak_tflops=)",
         "checkpoint": f"{weights / 1e9:.1f} GB of weights, {2 * weights / 1e9:.1f} GB of optimizer"
                       f" state; {3 * weights / 1e9:,.0f} s at 1 GB/s",
         "all checkpoints": f"{(n + 2 * kept) * weights / 1e12:.2f} TB: {n}, {kept} of them with"
