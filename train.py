@@ -1095,11 +1095,14 @@ def replay(config: Config, place: int, watchdog: "Watchdog") -> str:
     here = {"name", "data_dir", "run_dir", "device", "kernels", "resume", "init_from"}
     settings = {f.name: manifest["config"].get(f.name, getattr(config, f.name))
                 for f in fields(Config) if f.name not in here}
-    settings["threads"] = manifest["compute"]["threads"]
+    settings |= {"threads": manifest["compute"]["threads"], "on_nonfinite": "stop"}
     for key, value in settings.items():
         setattr(config, key, value)
+    if manifest["data_sha256"] != data_sha256(config.data_dir):
+        raise SystemExit(f"{after} was trained on other data than {config.data_dir} holds now.")
     run = start(config, watchdog)
-    run.skipped, run.skipped_steps = manifest["skipped"], set(manifest["skipped_steps"])
+    run.skipped = manifest.get("skipped", [])
+    run.skipped_steps = set(manifest.get("skipped_steps", []))
     _, done = prepare_data.locate(run.manifest, config.global_batch_size, manifest["step"] - 1,
                                   run.skipped)
     if begin := manifest["step"] - 1 - done:
