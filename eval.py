@@ -657,6 +657,11 @@ def published(path: str, rows: list[dict[str, Any]]) -> Curves:
         raise SystemExit(f"published = {path!r} cannot be read: {error!r}.")
 
 
+def read_steps(run_dir: str) -> list[dict[str, Any]]:
+    """The records of the steps a run has made; those it left out have no loss."""
+    return [r for r in train.read_records(Path(run_dir) / "metrics.jsonl") if "loss" in r]
+
+
 def short(x: float) -> str:
     """1.26e12 -> 1.26T"""
     power = max(0, min(4, int(math.log10(max(x, 1)) // 3)))
@@ -750,7 +755,7 @@ Next:
 def summarize(config: Config, model: LLaMA, rows: list[dict[str, Any]], flags: dict,
               file: str) -> None:
     """Print tables, plots and the report, and draw curves.png."""
-    records = train.read_records(Path(config.run_dir) / "metrics.jsonl")
+    records = read_steps(config.run_dir)
     sources = dict.fromkeys(name for r in records for name in r["loss_by_source"])
     losses = {name: smooth([(r["tokens"], r["loss_by_source"][name]) for r in records
                             if name in r["loss_by_source"]]) for name in sources}
@@ -826,7 +831,7 @@ def speak(config: Config, model: LLaMA, flags: dict) -> None:
 def read_run(path: str) -> dict[str, Any]:
     """Settings, figures and loss curve of a run directory."""
     settings = train.read_json(Path(path) / "config.json")
-    records = train.read_records(Path(path) / "metrics.jsonl")
+    records = read_steps(path)
     if not (settings and records):
         raise SystemExit(f"{path} is not the directory of a run: config.json and"
                          " metrics.jsonl, which train.py writes, are not there.")
