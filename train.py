@@ -734,6 +734,8 @@ def resume(run: Run) -> list[str]:
                             "data_sha256": source.get("data_sha256"),
                             "sha256": identity(Path(c.init_from))}
         notes.append(f"Weights from {c.init_from}.")
+    else:
+        run.model.init_weights(c.seed)
     return notes
 
 
@@ -986,7 +988,7 @@ def data_for(config: Config) -> dict[str, Any]:
 
 
 def start(config: Config, watchdog: "Watchdog") -> Run:
-    """Everything a run needs before its first step: device, data, model, optimizer."""
+    """Everything a run needs before its first step but values in its weights."""
     tune_cpu(config.threads)
     device, dtype = choose_device(config)
     if config.deterministic:
@@ -996,7 +998,6 @@ def start(config: Config, watchdog: "Watchdog") -> Run:
     torch.manual_seed(config.seed)  # nothing draws from it today; saved and restored all the same
     watchdog.at("building the model")
     model = build(config, device, dtype, mesh_of(config, device.type))
-    model.init_weights(config.seed)
     run = Run(config, data_for(config), model, replicate(model, config, device),
               make_optimizer(config, model), device,
               peak_flops(config, device, dtype) * world_size(), watchdog)
@@ -1115,6 +1116,8 @@ def replay(config: Config, place: int, watchdog: "Watchdog") -> str:
     elif manifest["started_from"]:
         before = Path(config.init_from or manifest["started_from"]["path"])
         load_weights(run.model, before)
+    else:
+        run.model.init_weights(config.seed)
     for _ in tqdm(steps(run, manifest["step"]), total=manifest["step"] - run.step, unit="step",
                   desc=f"chunk {place} again", disable=True if rank() else None):
         pass
