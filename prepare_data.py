@@ -1580,9 +1580,12 @@ def locate(manifest: dict[str, Any], batch: int, step: int,
 
 def skipped_places(run_dir: str | Path) -> list[int]:
     """What a run left out of the sequence of chunks, as its ledger says."""
-    path = Path(run_dir, "ledger.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [r["place"] for r in records if r["event"] == "skip_chunk"]
+    path, found = Path(run_dir, "ledger.jsonl"), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            record = json.loads(line)
+            found += [record["place"]] if record["event"] == "skip_chunk" else []
+    return found
 
 
 def canaries(settings: dict[str, Any]) -> dict[int, np.ndarray]:

@@ -741,9 +741,11 @@ def resume(run: Run) -> list[str]:
 
 def read_ledger(run: Run) -> None:
     """What the run is to skip, as the first process finds it in the ledger."""
+    run.skipped = everyone(prepare_data.skipped_places(run.dir))[0]
     records = everyone(read_records(run.dir / "ledger.jsonl"))[0]
-    run.skipped = [r["place"] for r in records if r["event"] == "skip_chunk"]
-    run.skipped_steps = {r["step"] + 1 for r in records if r["event"] == "skip_step"}
+    run.skipped_steps = {  # of a chunk that was left out later, the step is another one now
+        r["step"] + 1 for r in records
+        if r["event"] == "skip_step" and r.get("place") not in run.skipped}
 
 
 def restore(run: Run, path: Path) -> str:

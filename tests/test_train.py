@@ -265,8 +265,11 @@ def test_a_skipped_chunk_is_made_up_for_and_the_ledger_is_all_it_takes(
     assert [(r["place"], r["chunk"], r["step"]) for r in skips] == [(1, 1, 7), (3, 0, 13)]
     assert len(skips[0]["rows"]["rank 0"]) == 8
     (tmp_path / "again").mkdir()
-    for skip in skips:
-        train.append_record(tmp_path / "again/ledger.jsonl", skip)
+    stale = {"event": "skip_step", "step": 7, "place": 1}  # of the chunk that is then left out
+    for entry in (stale, *skips):
+        train.append_record(tmp_path / "again/ledger.jsonl", entry)
+    with open(tmp_path / "again/ledger.jsonl", "a") as f:
+        f.write('{"event": "skip_ch')  # killed in a write
     for last in (9, 14, 0):
         run(home, tmp_path / "again", max_steps=last)
     assert_same_run(tmp_path / "run", tmp_path / "again")
