@@ -414,7 +414,7 @@ def measure_text(config: Config, documents: list[str], stride: int, batch: int,
 class Measure(NamedTuple):
     name: str
     of: Any  # what the result depends on, beside the weights
-    run: Callable[[LLaMA], dict[str, Any]]
+    run: Callable[[LLaMA], Any]
 
 
 def measures(config: Config, manifest: dict, flags: dict) -> list[Measure]:
@@ -475,7 +475,7 @@ def read_texts(path: str) -> list[str]:
 
 
 def chosen(run_dir: str, which: str) -> list[Path]:
-    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or a path.
+    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or paths.
 
     A path may be one of a Hugging Face directory (config.json and weights).
     """
@@ -485,10 +485,9 @@ def chosen(run_dir: str, which: str) -> list[Path]:
         paths = kept or found[-1:]
     elif which == "last":
         paths = found[-1:]
-    elif all(part.isdecimal() for part in which.split(",")):
-        paths = [Path(run_dir) / f"ckpt_{int(part):03d}" for part in which.split(",")]
     else:
-        paths = [Path(which)]
+        paths = [Path(run_dir) / f"ckpt_{int(part):03d}" if part.isdecimal() else Path(part)
+                 for part in which.split(",")]
     for path in paths:
         if not ((path / "manifest.json").exists() or train.is_hugging_face(path)):
             names = ", ".join(p.name for p in found) or "none"
@@ -500,12 +499,14 @@ def chosen(run_dir: str, which: str) -> list[Path]:
 
 
 def build(config: Config) -> LLaMA:
-    """The model of a config on its device, weights not yet filled."""
+    """The model of a config on its device, to read and not to train; weights not yet filled."""
     train.tune_cpu(config.threads)
     if torch.cuda.is_available():  # under torchrun a GPU for each process
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     device, dtype = train.choose_device(config)
-    return LLaMA(config, dtype).to(device)
+    with torch.device("meta"):
+        model = LLaMA(config, dtype)
+    return model.freeze().allocate(device)
 
 
 Grid = dict[str, tuple[Path, Measure]]  # what a result is of, as JSON -> checkpoint, measure
@@ -519,17 +520,16 @@ def grid(model: LLaMA, paths: list[Path], asked: list[Measure]) -> Grid:
             for path in paths for m in asked}
 
 
-def known(config: Config) -> dict[str, dict[str, Any]]:
+def known(file: Path) -> dict[str, dict[str, Any]]:
     """The results there are, by what they are of."""
-    records = train.read_records(Path(config.run_dir) / "eval.jsonl")
-    return {json.dumps(r["of"]): r for r in records if "result" in r}
+    return {json.dumps(r["of"]): r for r in train.read_records(file) if "result" in r}
 
 
-def measure(config: Config, model: LLaMA, todo: Grid) -> set[Path]:
-    """Append results to eval.jsonl as they come; returns the checkpoints that are damaged."""
+def measure(file: Path, model: LLaMA, todo: Grid, title: str = "evaluating") -> set[Path]:
+    """Append results to a .jsonl file as they come; returns the checkpoints that are damaged."""
     damaged: set[Path] = set()
     manifest, loaded = {}, None
-    bar = tqdm(todo.items(), desc="evaluating", disable=None if todo else True)
+    bar = tqdm(todo.items(), desc=title, disable=None if todo else True)
     for key, (path, m) in bar:
         bar.set_postfix_str(f"{path.name} {m.name}")
         if path != loaded and path not in damaged:
@@ -542,37 +542,23 @@ def measure(config: Config, model: LLaMA, todo: Grid) -> set[Path]:
                 tqdm.write(f"Skipping {path}: {problem}.")
                 damaged.add(path)
         if path not in damaged:
-            train.append_record(Path(config.run_dir) / "eval.jsonl", {
+            train.append_record(file, {
                 "checkpoint": path.name, "step": manifest["step"],
                 "tokens": manifest["tokens"], "measure": m.name, "result": m.run(model),
                 "of": json.loads(key)})
     return damaged
 
 
-def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
-           flags: dict) -> list[dict[str, Any]]:
-    """Measure this process's share, with --watch until step `end`; then give all results."""
-    world, damaged, over = flags["world"], set(), False
-    while not over:
-        found = train.checkpoints(config.run_dir)
-        steps = [train.read_json(path / "manifest.json").get("step", 0) for path in found]
-        over = not flags["watch"] or max(steps, default=0) >= end
-        paths = chosen(config.run_dir, flags["checkpoints"]) if over or found else []
-        whole, done = grid(model, paths, asked), known(config)
-        # A checkpoint is one process's or, when there are fewer of them, several processes'.
-        team = max(1, world // max(1, len(paths)))
-        owner = [(i * team + j % team) % world
-                 for i in range(len(paths)) for j in range(len(asked))]
-        damaged |= measure(config, model, {
-            key: cell for (key, cell), rank in zip(whole.items(), owner)
-            if rank == flags["rank"] and key not in done and cell[0] not in damaged})
-        if not over:
-            time.sleep(POLL_SECONDS)
-    if flags["rank"]:
-        raise SystemExit(0)  # the first process sums up
-    unverified = set(paths)
+def collect(file: Path, whole: Grid, damaged: set[Path], rank: int) -> list[dict[str, Any]]:
+    """The results of a grid, when all processes have measured their share, in the grid's order.
+
+    Only the first process gets them, the others end here. torchrun ends all if one of them fails.
+    """
+    if rank:
+        raise SystemExit(0)
+    unverified = {path for path, _ in whole.values()}
     while True:
-        done = known(config)
+        done = known(file)
         missing = {path for key, (path, _) in whole.items() if key not in done} - damaged
         if not missing:
             break
@@ -582,7 +568,32 @@ def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
         time.sleep(1)
     results = [done[key] for key, (path, _) in whole.items() if path not in damaged]
     if not results:
-        raise SystemExit(f"None of the checkpoints of {config.run_dir} could be measured.")
+        raise SystemExit(f"None of the checkpoints could be measured: {file.parent} has no sound"
+                         " one among them.")
+    return results
+
+
+def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
+           flags: dict) -> list[dict[str, Any]]:
+    """Measure this process's share, with --watch until step `end`; then give all results."""
+    file, world = Path(config.run_dir) / "eval.jsonl", flags["world"]
+    damaged, over = set(), False
+    while not over:
+        found = train.checkpoints(config.run_dir)
+        steps = [train.read_json(path / "manifest.json").get("step", 0) for path in found]
+        over = not flags["watch"] or max(steps, default=0) >= end
+        paths = chosen(config.run_dir, flags["checkpoints"]) if over or found else []
+        whole, done = grid(model, paths, asked), known(file)
+        # A checkpoint is one process's or, when there are fewer of them, several processes'.
+        team = max(1, world // max(1, len(paths)))
+        owner = [(i * team + j % team) % world
+                 for i in range(len(paths)) for j in range(len(asked))]
+        damaged |= measure(file, model, {
+            key: cell for (key, cell), rank in zip(whole.items(), owner)
+            if rank == flags["rank"] and key not in done and cell[0] not in damaged})
+        if not over:
+            time.sleep(POLL_SECONDS)
+    results = collect(file, whole, damaged, flags["rank"])
     return sorted(results, key=lambda r: r["step"] or math.inf)
 
 

@@ -1045,8 +1045,8 @@ def convert_unit(plan: Plan, unit: tuple[int, str, list[str]]) -> dict[str, Any]
                 counts.update(numbers)
                 file.write(out.tobytes())
                 report(0, ids.size)
-    return {"names": list(names), "rows": [counts[i] for i in range(len(names))],
-            "dropped": +notes}
+    return {"file": os.path.basename(path).split(".")[0], "names": list(names),
+            "rows": [counts[i] for i in range(len(names))], "dropped": +notes}
 
 
 # ---- stage 3: which row goes where
@@ -1431,6 +1431,8 @@ def describe(plan: Plan, tokenizer: dict, sources: list[dict], parts: list[dict]
              written: list[dict], skipped: Counter[str]) -> dict[str, Any]:
     """The manifest: all that the other stages, and a reader in five years, need to know."""
     chunks = [e for e in written if "source" not in e]
+    if plan.config.tokenized:  # whatever part of Amber this is, its chunks keep their names
+        chunks = [e | {"made_from": part["file"]} for e, part in zip(chunks, parts)]
     valid = [e for e in written if "source" in e]
     held = {e["source"]: e["rows"] for e in valid}
     about = []

@@ -291,9 +291,7 @@ def build(config: Config, device: torch.device, dtype: torch.dtype,
                                       cast_forward_inputs=False)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        model.to_empty(device=device)
-        if config.tie_word_embeddings:  # to_empty has made two of one
-            model.lm_head.weight = model.model.embed_tokens.weight
+        model.allocate(device)
     return model
 
 

@@ -54,7 +54,10 @@ def mixed_rows(model: LLaMA, n: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_matches_are_those_of_plain_greedy_decoding(seed: int) -> None:
+@pytest.mark.parametrize("pass_tokens", [1, 256])  # blocks of 4, 4, 4 tokens; of 10 and 2
+def test_matches_are_those_of_plain_greedy_decoding(
+        seed: int, pass_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memorize, "PASS_TOKENS", pass_tokens)
     model = net(seed)
     rows = mixed_rows(model, 24, seed)
     got = memorize.greedy_matches(model, rows, K)
@@ -92,14 +95,62 @@ def test_an_overfitted_model_scores_one_on_its_rows_and_chance_on_others() -> No
     assert memorize.greedy_matches(model, other, K).float().mean() < 0.25
 
 
+def simulated(random: np.random.Generator, age: np.ndarray, rows: int) -> list[np.ndarray]:
+    """A grid (N of (C, rows)): levels of checkpoints, chunks and rows, 5 % latest, 2 % earlier."""
+    effect = 0.05 * (age == 0) + 0.02 * (age > 0)
+    level = 0.2 + 0.02 * np.arange(len(age))[:, None] + 0.01 * np.arange(age.shape[1]) + effect
+    return [random.binomial(L, level[:, i, None] + random.uniform(-0.2, 0.2, rows))
+            for i in range(age.shape[1])]
+
+
 def test_standard_errors_against_a_simulation() -> None:
     random, n = np.random.default_rng(0), 200
     chance = np.array([0.5] + [0.45 / L] * (L - 1) + [0.05])
-    samples = [memorize.figures(random.choice(L + 1, n, p=chance / chance.sum()), L)
+    samples = [memorize.average([random.choice(L + 1, (1, n), p=chance / chance.sum())], L)
                for _ in range(2000)]
     for key in ("score", "extractible"):
         true = np.std([s[key] for s in samples])
         assert np.mean([s[f"{key}_se"] for s in samples]) == pytest.approx(true, rel=0.06)
+
+
+def test_effects_and_repeated_rows_against_a_simulation() -> None:
+    random = np.random.default_rng(0)
+    age = np.arange(5)[:, None] - np.arange(6)  # the last chunk is never seen
+    found: dict[str, list] = {"seen": [], "latest": [], "earlier": []}
+    for _ in range(400):
+        grid = simulated(random, age, 30)
+        found["seen"].append(memorize.average(grid, L, age >= 0))
+        for name, f in memorize.effects(grid, L, age).items():
+            found[name].append(f)
+    for name, truth in (("seen", None), ("latest", 0.05), ("earlier", 0.02)):
+        scores = [f["score"] for f in found[name]]
+        assert np.mean([f["score_se"] for f in found[name]]) == pytest.approx(
+            np.std(scores), rel=0.1)
+        assert truth is None or abs(np.mean(scores) - truth) < 4 * np.std(scores) / 20
+    # one row shown to all checkpoints is not five
+    alone = memorize.average([m[:1] for m in grid], L)["score_se"]
+    assert memorize.average(grid, L)["score_se"] > 0.7 * alone
+
+
+def test_effects_that_a_grid_cannot_tell_are_not_given() -> None:
+    def told(age: list[list[int]]) -> set[str]:
+        cells = np.array(age)
+        return {*memorize.effects(simulated(np.random.default_rng(0), cells, 9), L, cells)}
+
+    assert told([[0]]) == told([[2, 1, 0]]) == told([[1], [0]]) == told([[1, 2], [3, 4]]) == set()
+    assert told([[0, -1], [1, 0]]) == set()  # 4 cells, 3 levels, 2 effects
+    assert told([[1, -1], [3, 1]]) == {"earlier"}  # no chunk is the latest
+    assert told([[0, -1, -2], [1, 0, -1], [2, 1, 0]]) == {"latest", "earlier"}
+
+
+def test_the_heat_map_of_many_chunks_fits_a_terminal() -> None:
+    score = np.arange(720).reshape(2, 360) / 1000
+    lines = memorize.heat_map({
+        "k": 1, "l": 1, "checkpoints": ["ckpt_100", "a_very_long_name"], "chunks": [*range(360)],
+        "ages": (np.array([[100], [359]]) - np.arange(360)).tolist(),
+        "cells": [[{"score": x} for x in row] for row in score]})
+    assert max(map(len, lines[1:])) < 90 and "36-" in lines[1]
+    assert "  1.8    5.3    8.9 |" in lines[2] and lines[3].endswith("█|")
 
 
 def test_evenly_spaced_with_the_last() -> None:
@@ -133,15 +184,17 @@ def test_the_grid_is_measured_once_and_survives_a_kill(
     assert len(set(ids)) == 20
     tokens = torch.from_numpy(rows[ids]["token_ids"][:, :16].astype(np.int64))
     expected = plain(model, tokens, 6).sum(1)
-    cell = next(c for c in summary["cells"] if (c["checkpoint"], c["chunk"]) == ("ckpt_001", 2))
-    assert cell["score"] == pytest.approx(expected.float().mean().item() / 10)
+    assert (summary["checkpoints"][1], summary["chunks"][2]) == ("ckpt_001", 2)
+    assert summary["cells"][1][2]["score"] == pytest.approx(expected.float().mean().item() / 10)
     assert set(summary["by_age"]) == {"-2", "-1", "0", "1", "2"}
-    assert sum(summary["histogram"]) == 60 and len(summary["correlation"]) == 3
+    assert [sum(counts) for counts in summary["histogram"]] == [60, 60, 60]
+    assert len(summary["correlation"]["score"]) == 3 and {*summary["effects"]} == {
+        "latest", "earlier"}
 
 
 @pytest.mark.parametrize("flags, sentence", [
     ({"k": 30, "l": 30}, r"--k \+ --l = 60 tokens are asked for, but a row of .* has 33"),
-    ({"chunks": "0,3"}, "give numbers from 0 to 2"), ({"chunks": "x"}, "give numbers from 0 to 2"),
+    ({"chunks": "0,3"}, "there is no chunk '3'; there are 0, 1, 2"), ({"chunks": "x"}, "'x'"),
     ({"rows": 0}, "must be 1 or more"), ({"checkpoints": "8"}, "There is no checkpoint")])
 def test_bad_grids_are_refused(home: Path, straight: Path, flags: dict,  # noqa: F811
                                sentence: str) -> None:
@@ -156,8 +209,39 @@ def test_a_hugging_face_directory_scores_as_its_checkpoint(
     for path in (straight / "ckpt_001", tmp_path / "ckpt_001"):
         memorize.main(argv(home, tmp_path / "run", rows=9, k=6, l=10, checkpoints=path))
         summary = train.read_json(tmp_path / "run" / "memorization.json")
-        found.append((summary["by_age"], [c["score"] for c in summary["cells"]]))
+        found.append((summary["by_age"], summary["cells"]))
     assert found[0] == found[1]
+
+
+def test_chunks_of_released_files_keep_their_numbers(
+        home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+        capsys: pytest.CaptureFixture) -> None:
+    manifest = prepare_data.load_manifest(home / "data")
+    shutil.copytree(home / "data", tmp_path / "data")
+    for chunk, name in zip(manifest["chunks"], ("train_002", "train_143", "train_355")):
+        chunk["made_from"] = name
+    train.write_json(tmp_path / "data" / "manifest.json", manifest)
+    hub = [tmp_path / name for name in ("ckpt_143", "ckpt_300", "main")]
+    for path in hub:
+        export(straight / "ckpt_001", path)
+    where = {"data_dir": tmp_path / "data", "checkpoints": ",".join(map(str, hub))}
+    memorize.main(argv(home, tmp_path / "run", rows=9, k=6, l=10, chunks="143,355", **where))
+    summary = train.read_json(tmp_path / "run" / "memorization.json")
+    assert summary["checkpoints"] == ["ckpt_143", "ckpt_300", "main"]
+    assert summary["ages"] == [[0, -212], [157, -55], [212, 0]]
+    assert summary["chunks"] == [143, 355] and "  143    355" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out(
+        home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+        capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    weights = next((tmp_path / "run" / "ckpt_002" / "model").glob("*.distcp"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    memorize.main(argv(home, tmp_path / "run", rows=9, k=6, l=10))
+    assert "ckpt_002: model/__0_0.distcp is damaged" in capsys.readouterr().out
+    summary = train.read_json(tmp_path / "run" / "memorization.json")
+    assert summary["checkpoints"] == ["ckpt_000", "ckpt_001"] and len(summary["cells"]) == 2
 
 
 def test_two_processes_share_the_grid(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
