@@ -174,7 +174,10 @@ class _RMSNormTorch(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        y = wide * rstd * weight
+        # No mul_, and no cast to the type it has: where such an alias is what is returned,
+        # torch.compile of PyTorch 2.11 gives the backward pass other saved tensors.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
