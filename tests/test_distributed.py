@@ -1,7 +1,7 @@
 """Several processes: the run of one, whatever fails.
 
-The tests start `torchrun` on this very file, which runs the jobs it is given (a list of
-{"argv": ..., "nan": ...}) one after the other in the same processes: starting costs the most.
+The tests start processes on this very file, which runs the jobs it is given (a list of
+{"argv": ..., "nan": ...}) one after the other: starting costs the most. One test is torchrun's own.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import ranks
 from test_train import argv, assert_same_run, home, metrics, run, straight, tensors
 
 import prepare_data
@@ -39,9 +40,11 @@ def launch(n: int, home: Path, jobs: list[dict[str, Any]]) -> list[str]:
     """Run jobs in n processes; returns what ended each, "" if nothing did."""
     work = home / f"jobs{n}.json"
     work.write_text(json.dumps(jobs))
-    process = torchrun(n, "tests/test_distributed.py", work)
-    text, _ = process.communicate(timeout=LONG)
-    assert process.returncode == 0, text
+    texts, codes = [], []
+    for process in ranks(n, "tests/test_distributed.py", work, OMP_NUM_THREADS=1):
+        texts.append(process.communicate(timeout=LONG)[0])
+        codes.append(process.returncode)
+    assert codes == [0] * n, "\n".join(texts)
     return json.loads((home / f"jobs{n}.json.ends").read_text())
 
 
@@ -78,7 +81,7 @@ def inject(rank: int, step: int, micro: int, where: str, times: int = 1) -> None
 
 
 def work(path: Path) -> None:
-    """What each process that torchrun starts does."""
+    """What each process does."""
     torch.distributed.init_process_group("gloo")
     forward, train_step, ends = LLaMA.forward, train.train_step, []
     for job in json.loads(path.read_text()):

@@ -1,15 +1,13 @@
 """Scores equal plain greedy decoding; what is measured is what was drawn."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import ranks
 from test_train import argv, home, straight  # noqa: F401
 
 import memorize
@@ -246,10 +244,8 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
 
 def test_two_processes_share_the_grid(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
     shutil.copytree(straight, tmp_path / "run")
-    command = [sys.executable, "memorize.py", *argv(home, tmp_path / "run", rows=9, k=6, l=10)]
-    ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
-             for rank in range(2)]
-    assert [p.wait(60) for p in ranks] == [0, 0]
+    both = ranks(2, "memorize.py", *argv(home, tmp_path / "run", rows=9, k=6, l=10))
+    assert [process.wait(60) for process in both] == [0, 0]
     cells = train.read_records(tmp_path / "run" / "memorization.jsonl")
     two = train.read_json(tmp_path / "run" / "memorization.json")
     assert len(cells) == 9 == len({json.dumps(c["of"]) for c in cells})

@@ -6,9 +6,9 @@
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from launch import Script
 
 ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\| `([\w/.]+\.py)` \| (\d+) \|", re.MULTILINE)
@@ -41,10 +41,9 @@ def test_commands(tmp_path: Path) -> None:
     for command in commands():
         words = shlex.split(command, comments=True)
         assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True,
-                              text=True, timeout=120)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        assert done.stdout.strip(), command
+        process = Script(*words[1:], cwd=tmp_path)
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and text.strip(), f"{command}\n{text}"
 
 
 def test_no_command_is_left_unmarked() -> None:

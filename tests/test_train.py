@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from launch import Script
 
 import eval as evaluation
 import prepare_data
@@ -101,10 +102,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert records[0] == records[1] and [r["step"] for r in records[0]] == list(range(1, STEPS + 1))
 
 
-def background(home: Path, run_dir: Path, until: int = 0, **settings: Any) -> subprocess.Popen:
+def background(home: Path, run_dir: Path, until: int = 0, **settings: Any) -> Script:
     """Start train.py as a process and return when it has logged `until` steps."""
-    process = subprocess.Popen([sys.executable, "train.py", *argv(home, run_dir, **settings)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Script("train.py", *argv(home, run_dir, **settings))
     give_up = time.monotonic() + 60
     while time.monotonic() < give_up and process.poll() is None and len(metrics(run_dir)) < until:
         time.sleep(0.005)
