@@ -407,10 +407,13 @@ def main(argv: list[str]) -> None:
         canaries = measure_canaries(config, model, manifest, flags)
     summary = summarize(config, manifest, records, chunks, flags) | {"canaries": canaries}
     out = Path(config.run_dir) / "memorization.json"
-    train.write_json(out, summary)
     print(report(summary))
-    print(f"All figures: {out}" + (f", picture: {out.with_suffix('.png')}"
-                                   if draw(out.with_suffix(".png"), summary) else ""))
+    try:
+        train.write_json(out, summary)
+        picture = draw(out.with_suffix(".png"), summary)
+    except OSError as error:
+        raise SystemExit(f"Could not write {out}: {error.strerror or error}.")
+    print(f"All figures: {out}" + f", picture: {out.with_suffix('.png')}" * picture)
 
 
 if __name__ == "__main__":

@@ -1279,16 +1279,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
-    with open(path, "a+b") as f:
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - 1))
-        torn = f.read(1) not in (b"", b"\n")
-        f.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+    """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short.
+
+    Raises SystemExit if the system refuses; what the file had before is there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
+        with open(path, "a+b") as f:
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX)
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 1))
+            torn = f.read(1) not in (b"", b"\n")
+            f.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise SystemExit(f"Could not add to {path}: {error.strerror or error}.")
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:

@@ -1,7 +1,10 @@
 """Scores equal plain greedy decoding; what is measured is what was drawn."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +243,23 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     assert "ckpt_002: model/__0_0.distcp is damaged" in capsys.readouterr().out
     summary = train.read_json(tmp_path / "run" / "memorization.json")
     assert summary["checkpoints"] == ["ckpt_000", "ckpt_001"] and len(summary["cells"]) == 2
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+        home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(straight, tmp_path / "run")
+    words = argv(home, tmp_path / "run", rows=9, k=6, l=10)
+    small = 1000  # bytes a file may have: a disk that is full, as the system sees it
+    done = subprocess.run(
+        [sys.executable, "memorize.py", *words], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)))
+    assert done.returncode == 1 and done.stderr.endswith("memorization.jsonl: File too large.\n")
+    assert "Traceback" not in done.stderr
+    kept = train.read_records(tmp_path / "run" / "memorization.jsonl")
+    assert kept
+    memorize.main(words)
+    cells = train.read_records(tmp_path / "run" / "memorization.jsonl")
+    assert cells[: len(kept)] == kept and len(cells) == 9
 
 
 def test_two_processes_share_the_grid(home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
