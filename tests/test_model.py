@@ -183,6 +183,22 @@ def test_a_sharded_model_is_filled_without_communication(tmp_path: Path) -> None
         assert process.returncode == 0 and "equal" in text, text
 
 
+@pytest.mark.parametrize("changes", [{}, CRYSTAL], ids=["amber", "crystal"])
+def test_a_frozen_model_computes_the_same_bits_in_less_memory(changes: dict) -> None:
+    weights = small(**changes).state_dict()
+    with torch.device("meta"):
+        nets = [LLaMA(ModelConfig(**{**SMALL, **changes}), torch.bfloat16) for _ in "ab"]
+    nets[1].freeze()
+    for net in nets:
+        net.allocate(torch.device("cpu")).load_state_dict(weights)
+    a, b = ids(2, 9), ids(2, 9, seed=1)
+    with torch.no_grad():
+        assert torch.equal(nets[0](a), nets[1](a))
+        assert torch.equal(nets[0](a, b)[1], nets[1](a, b)[1])
+    size = [sum(p.nbytes for p in net.parameters()) for net in nets]
+    assert size[1] < 0.6 * size[0] and not any(p.requires_grad for p in nets[1].parameters())
+
+
 def test_cached_generation_equals_full_recomputation_for_ragged_prompts() -> None:
     net = small()
     prompts = [ids(n, seed=n).tolist() for n in (1, 7, 4)]
