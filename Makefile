@@ -1,6 +1,6 @@
-# make         prepare data, train a small Amber, evaluate it, see what it memorized: minutes on a
-#              laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
-# make crystal the same for Crystal: three stages, each going on from the one before
+# make         prepare data, train a small Amber, evaluate it, see what it memorized, check every file: minutes on
+#              a laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
+# make crystal the same for Crystal: three stages, each begun from the one before
 # make test    the tests
 # make ablation  three learning rates x two seeds, then a table: which differences are more than chance
 # make bench   speed against other code, as ratios
@@ -13,7 +13,8 @@ run: .venv/run.installed
 	@$(PY) prepare_data.py $(CONFIG)
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
-	@$(PY) memorize.py $(CONFIG) --rows=100
+	@$(PY) memorize.py $(CONFIG) --sequences=100
+	@$(PY) audit.py $(CONFIG) --verify
 
 crystal: .venv/run.installed
 	@for stage in 1 2 3; do for step in prepare_data train eval; do \
@@ -24,14 +25,14 @@ test: .venv/dev.installed
 	@$(PY) -m pytest -n 2
 
 bench: .venv/dev.installed
-	@$(PY) tests/bench_cpu.py
+	@$(PY) tools/bench_cpu.py
 
 ablation: .venv/run.installed
 	@$(PY) prepare_data.py configs/ablation.py
 	@for rate in 1e-3 3e-3 1e-2; do for seed in 1 2; do \
 	  $(PY) train.py configs/ablation.py --learning_rate=$$rate --seed=$$seed \
 	    --run_dir=runs/ablation/rate_$${rate}_seed_$$seed || exit 1; done; done
-	@$(PY) eval.py --compare runs/ablation/rate_*
+	@$(PY) tools/compare.py runs/ablation/rate_*
 
 .venv/run.installed: requirements.txt
 .venv/dev.installed: requirements-dev.txt requirements.txt

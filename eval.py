@@ -1,18 +1,15 @@
-"""Measure checkpoints: perplexity, multiple-choice tasks, curves; samples, ablations.
+"""Measure checkpoints: bits per byte, perplexity, multiple-choice tasks; continue a prompt.
 
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
     python eval.py configs/amber_tiny.py --watch               # follow a run that is going on
     python eval.py configs/amber_tiny.py --text=model.py       # perplexity of any text
-    python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest one
-    python eval.py --compare runs/a runs/b                     # settings against results
-    torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work shared out
+    python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest checkpoint
+    torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work is shared
 
-Every result, of one checkpoint in one measure, is a line of runs/NAME/eval.jsonl, written as
-soon as it is there; what is there is not measured again. Benchmarks are read from
-TASK_DIR/NAME (see README.md); prompts, examples, tokens and scores are those of EleutherAI's
-lm-evaluation-harness 0.4.13. Curves are printed, and with matplotlib drawn to curves.png; those of
-a run that goes on from another (Crystal's stages) with that one's to stages.png.
+Every result is a line of runs/NAME/eval.jsonl, written as soon as it is measured, and not measured
+again. Prompts, few-shot examples, token ids and scores of the benchmarks are those of EleutherAI's
+lm-evaluation-harness 0.4.13; docs/evaluation.md says where their files come from.
 """
 
 import csv
@@ -22,110 +19,92 @@ import math
 import os
 import re
 import statistics
-import string
-import sys
-import textwrap
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import kernels
-import prepare_data
-import train
-from configs import Config, load
-from model import KVCache, LLaMA
+from checkpoint import Evaluation
+from configs import Config, UserError, load, run_command
+from data import Data, load_data, sha256_file, sha256_json
+from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
+from tokenizer import Tokenizer, replace_invalid_utf8
 
-POLL_SECONDS = 10.0  # between two looks at a run that is going on
-MIN_SPARED = 0.1  # of a batch's tokens: for less, what it has in common is not computed apart
-Row = tuple[np.ndarray, int]  # ids of context and continuation, how many of them are scored
+POLL_SECONDS = 10.0  # --watch: between two looks at the run
+MIN_SHARED = 0.1  # of a batch's tokens: a prefix that spares less is not computed apart
+
+
+@torch.no_grad()
+def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
+             rank: int = 0, world: int = 1) -> dict[str, dict[str, float]]:
+    """Loss (nats per token) and bits per byte of the first `limit` validation sequences of each
+    source (None = all), any `batch` at a time. With world > 1 every process must call this."""
+    # Nothing here draws a random number or moves the data order: training goes on as without it.
+    token_bytes = data.tokenizer.token_bytes  # (V,)
+    device = model.lm_head.weight.device
+    results = {}
+    for source in data.validation_sources:
+        sequences = data.validation(source)["token_ids"][:limit]
+        sums = np.zeros(3)  # nats, tokens, bytes
+        for start in range(0, len(sequences), batch * world):
+            mine = sequences[start + batch * rank :][:batch]
+            # A process without sequences of its own computes too, on one that does not count,
+            # because FSDP gathers the weights from all processes.
+            ids = mine if len(mine) else sequences[:1]
+            ids = torch.from_numpy(ids.astype(np.int64)).to(device)  # (B, T + 1)
+            _, token_losses = model(ids[:, :-1], ids[:, 1:])  # (B, T)
+            nats, targets = token_losses[: len(mine)].double().sum(), mine[:, 1:]
+            sums += [float(nats), targets.size, token_bytes[targets].sum()]
+        everyones = checkpoint.all_gather_object(sums) if world > 1 else [sums]
+        # fsum rounds once, at its end: the order of the processes does not matter.
+        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*everyones))
+        results[source] = text_figures(nats, tokens, n_bytes)
+    return results
+
+
+def text_figures(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
+    """Nats per token, and bits per byte, which can be compared between tokenizers."""
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
 # ---------------------------------------------------------------------------------------------
-# benchmarks: a row of the data set -> context (one, or one per choice), choices, right one(s)
-
-
-def arc(d: dict) -> tuple:
-    right = d["choices"]["label"].index(d["answerKey"])
-    return f"Question: {d['question']}\nAnswer:", d["choices"]["text"], right
-
-
-def hellaswag(d: dict) -> tuple:
-    def clean(text: str) -> str:  # of what WikiHow's pages left in it
-        text = text.strip().replace(" [title]", ". ")
-        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-    context = f"{d['activity_label']}: {d['ctx_a']} {d['ctx_b'].capitalize()}"
-    return clean(context), [clean(ending) for ending in d["endings"]], int(d["label"])
-
-
-def mmlu(d: dict) -> tuple:
-    listed = (f"{letter}. {choice}" for letter, choice in zip("ABCD", d["choices"]))
-    return "\n".join([d["question"].strip(), *listed, "Answer:"]), list("ABCD"), d["answer"]
-
-
-def truthfulqa_mc1(d: dict, targets: str = "mc1_targets") -> tuple:
-    context = f"{QA_PROMPT}\n\nQ: {d['question']}\nA:"
-    return context, d[targets]["choices"], d[targets]["labels"]
-
-
-def truthfulqa_mc2(d: dict) -> tuple:
-    return truthfulqa_mc1(d, "mc2_targets")
-
-
-def piqa(d: dict) -> tuple:
-    return f"Question: {d['goal']}\nAnswer:", [d["sol1"], d["sol2"]], d["label"]
-
-
-def winogrande(d: dict) -> tuple:  # the sentence's end is scored, after either name
-    before, _, after = d["sentence"].partition("_")
-    options = [before + d["option1"], before + d["option2"]]
-    return options, [after.strip()] * 2, int(d["answer"]) - 1
-
-
-def boolq(d: dict) -> tuple:
-    return f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:", ["no", "yes"], d["label"]
-
-
-def openbookqa(d: dict) -> tuple:
-    right = d["choices"]["label"].index(d["answerKey"].lstrip())
-    return d["question_stem"], d["choices"]["text"], right
+# questions: what the files of benchmarks hold, and how it is asked
 
 
 class Task(NamedTuple):
-    ask: Callable[[dict], tuple]
-    metric: str  # the one that stands for it: of "acc", "acc_norm" (per character), "mc2"
-    shots: int  # solved examples before a question
-    pool: str  # the split they come from
-    split: str  # the split that is asked
+    metric: str  # the one that is reported: "acc", "acc_norm" (per character) or "mc2"
+    num_fewshot: int  # solved examples before a question
+    fewshot_split: str  # where these come from
+    split: str  # the split whose questions are asked
     hub: str  # where its files are, on huggingface.co/datasets
-    folder: str = ""  # in TASK_DIR; "" = its name
+    folder: str = ""  # under task_dir; "" = the task's name
 
 
 TRUTHFULQA = ("", "validation", "truthfulqa/truthful_qa, folder multiple_choice", "truthfulqa")
 TASKS = {
-    "arc_challenge": Task(arc, "acc_norm", 25, "train", "test",
-                          "allenai/ai2_arc, folder ARC-Challenge"),
-    "hellaswag": Task(hellaswag, "acc_norm", 10, "train", "validation", "Rowan/hellaswag"),
-    "mmlu": Task(mmlu, "acc", 5, "dev", "test", "cais/mmlu, a folder per subject"),
-    "truthfulqa_mc1": Task(truthfulqa_mc1, "acc", 0, *TRUTHFULQA),
-    "truthfulqa_mc2": Task(truthfulqa_mc2, "mc2", 0, *TRUTHFULQA),
-    "piqa": Task(piqa, "acc_norm", 0, "", "validation", "baber/piqa"),
-    "winogrande": Task(winogrande, "acc", 0, "", "validation",
-                       "allenai/winogrande, folder winogrande_xl"),
-    "boolq": Task(boolq, "acc", 0, "", "validation", "aps/super_glue, folder boolq"),
-    "openbookqa": Task(openbookqa, "acc_norm", 0, "", "test",
-                       "allenai/openbookqa, folder main"),
+    # These two are made here, of validation sequences: see synthetic_questions.
+    "continuation": Task("acc", 0, "", "", ""),
+    "recall": Task("acc", 0, "", "", ""),
+    # The files of these must be downloaded. Shots are those of LLM360's evaluation of Amber.
+    "arc_challenge": Task("acc_norm", 25, "train", "test", "allenai/ai2_arc, folder ARC-Challenge"),
+    "hellaswag": Task("acc_norm", 10, "train", "validation", "Rowan/hellaswag"),
+    "mmlu": Task("acc", 5, "dev", "test", "cais/mmlu, a folder per subject"),
+    "truthfulqa_mc1": Task("acc", 0, *TRUTHFULQA),
+    "truthfulqa_mc2": Task("mc2", 0, *TRUTHFULQA),
+    "piqa": Task("acc_norm", 0, "", "validation", "baber/piqa"),
+    "winogrande": Task("acc", 0, "", "validation", "allenai/winogrande, folder winogrande_xl"),
+    "boolq": Task("acc", 0, "", "validation", "aps/super_glue, folder boolq"),
+    "openbookqa": Task("acc_norm", 0, "", "test", "allenai/openbookqa, folder main"),
 }
-OWN = ("continuation", "recall")  # made here, from the held-out rows
-SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"  # MMLU's
-QA_PROMPT = """\
+MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+TRUTHFULQA_PROMPT = """\
 Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
 
@@ -142,809 +121,545 @@ Q: How does a telescope work?
 A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
 
 Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain."""  # TruthfulQA's own (Lin et al. 2021)
+A: The 1992 Olympics were held in Barcelona, Spain."""  # Lin et al. 2021
 
 
-class Question(NamedTuple):
-    rows: list[Row]  # one per choice
-    lengths: np.ndarray  # of the choices, characters
-    right: np.ndarray  # 1 where the choice is right
+def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
+    """(a context per choice, the choices, 1 for those that are right) of an entry of a data set."""
+    if task == "arc_challenge":
+        # The answer is a label, one of A to E or of 1 to 5.
+        context, choices = f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"]
+        gold = doc["choices"]["label"].index(doc["answerKey"])
+    elif task == "hellaswag":
+        context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
+        # Many of these texts are of WikiHow, whose pages left marks in them.
+        texts = [text.strip().replace(" [title]", ". ") for text in (context, *doc["endings"])]
+        texts = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in texts]
+        context, *choices = texts
+        gold = int(doc["label"])
+    elif task == "mmlu":
+        # The four choices are listed in the question, and only their letters are scored.
+        listed = [f"{letter}. {choice}" for letter, choice in zip("ABCD", doc["choices"])]
+        context = "\n".join([doc["question"].strip(), *listed, "Answer:"])
+        choices, gold = list("ABCD"), doc["answer"]
+    elif task in ("truthfulqa_mc1", "truthfulqa_mc2"):
+        # mc1 has one right choice, mc2 several.
+        context = f"{TRUTHFULQA_PROMPT}\n\nQ: {doc['question']}\nA:"
+        targets = doc[task.removeprefix("truthfulqa_") + "_targets"]
+        choices, gold = targets["choices"], targets["labels"]
+    elif task == "piqa":
+        context = f"Question: {doc['goal']}\nAnswer:"
+        choices, gold = [doc["sol1"], doc["sol2"]], doc["label"]
+    elif task == "winogrande":
+        # Either name is put into the gap, and the rest of the sentence is scored after it.
+        before, _, after = doc["sentence"].partition("_")
+        context = [before + doc["option1"], before + doc["option2"]]
+        choices, gold = [after.strip()] * 2, int(doc["answer"]) - 1
+    elif task == "boolq":
+        context = f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:"
+        choices, gold = ["no", "yes"], doc["label"]
+    else:  # openbookqa
+        context, choices = doc["question_stem"], doc["choices"]["text"]
+        gold = doc["choices"]["label"].index(doc["answerKey"].lstrip())
+    contexts = [context] * len(choices) if isinstance(context, str) else context
+    if isinstance(gold, int):
+        gold = [i == gold for i in range(len(choices))]
+    return contexts, choices, np.array(gold, int)
 
 
-# metric -> what a question adds to it, from the log p of its choices
-POINTS: dict[str, Callable[[np.ndarray, Question], float]] = {
-    "acc": lambda ll, q: q.right[ll.argmax()],
-    "acc_norm": lambda ll, q: q.right[(ll / q.lengths).argmax()],
-    "mc2": lambda ll, q: q.right @ np.exp(ll - np.logaddexp.reduce(ll)),
-}
-
-
-def find_split(task: Task, folder: Path, split: str) -> list[Path]:
+def find_files(config: Config, name: str, split: str) -> list[Path]:
+    """SPLIT.jsonl or SPLIT-*.parquet of a benchmark, none for ""; UserError if they are missing."""
+    task, _, subject = name.partition("/")
+    folder = Path(config.task_dir, TASKS[task].folder or task, subject)
     files = [p for p in folder.glob(f"{split}[.-]*") if p.suffix in (".jsonl", ".parquet")]
-    if not files:
-        raise SystemExit(f"{folder} has no {split}.jsonl and no {split}*.parquet: it is the"
-                         f" split {split!r} of huggingface.co/datasets/{task.hub}.")
-    return sorted(files)
+    if split and not files:
+        raise UserError(f"{folder} has no {split}.jsonl and no {split}*.parquet: it is the split"
+                        f" {split!r} of huggingface.co/datasets/{TASKS[task].hub}.")
+    return sorted(files) if split else []
 
 
-def read_split(files: list[Path]) -> list[dict]:
-    """The rows of a split's .jsonl or .parquet files."""
+def read_docs(files: list[Path]) -> list[dict]:
+    """The entries of .jsonl and .parquet files; UserError if one cannot be read."""
     docs: list[dict] = []
     for file in files:
-        if file.suffix == ".parquet":
-            rows = prepare_data.optional("pyarrow.parquet").ParquetFile(file)
-            docs += prepare_data.naming(str(file), (d for d in rows.read().to_pylist()))
-        else:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            docs += prepare_data.naming(str(file), (json.loads(x) for x in lines if x.strip()))
-    if not docs:
-        raise SystemExit(f"{files[0]} has no rows.")
+        try:
+            if file.suffix == ".parquet":
+                from pyarrow import parquet
+                docs += parquet.ParquetFile(file).read().to_pylist()
+            else:
+                # Not splitlines: a JSON string may hold U+2028, which that takes for a line's end.
+                lines = file.read_text(encoding="utf-8").split("\n")
+                docs += [json.loads(line) for line in lines if line.strip()]
+        except Exception as error:  # pyarrow has many kinds of its own
+            raise UserError(f"{file} cannot be read ({error}). Is the download whole? .parquet also"
+                            " needs pyarrow: pip install pyarrow.")
     return docs
 
 
-def examples(task: Task, pool: list[dict], doc: dict, random: Random) -> Iterable[int]:
-    """Which of the pool go before a question: the harness's draw, from its one stream."""
-    n, everyone = task.shots, range(len(pool))
-    if not n or task.pool == "dev":
-        return everyone[:n]
-    if task.split == "test":
-        return random.sample(everyone, n)
-    # Without a test split one more is drawn, in case the question itself is among them.
-    drawn = [i for i in random.sample(everyone, n + 1) if pool[i] != doc]
-    return drawn[:n] if len(drawn) >= n else random.sample(
-        [i for i in everyone if pool[i] != doc], n)
+class Request(NamedTuple):
+    ids: np.ndarray  # (length,) token ids; the model reads all but the last
+    n: int  # of them, the last n are scored, each given all those before it
 
 
-def encode(tokenizer: prepare_data.Tokenizer, context: str, choice: str, window: int) -> Row:
-    """Context and choice tokenized as one text; the choice's are the ids the context has not.
-
-    Spaces that end the context count with the choice. An empty context is the end of a
-    document. What exceeds the window is cut off on the left.
-    """
-    known = tokenizer.encode(context.rstrip())
-    ids = tokenizer.encode(f"{context} {choice}")
-    n = max(1, len(ids) - len(known))
-    if not len(known):
-        ids = np.append([tokenizer.eos_id], ids)
-    return ids[-window - 1 :].astype(np.int32), min(n, window)
+class Question(NamedTuple):
+    requests: list[Request]  # one per choice
+    lengths: np.ndarray  # of the choices, in characters
+    gold: np.ndarray  # 1 where a choice is right, else 0
 
 
-def parts(task: Task, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
-    """A context per choice, the choices, and 1 for those that are right."""
-    contexts, choices, right = task.ask(doc)
-    if isinstance(contexts, str):
-        contexts = [contexts] * len(choices)
-    if isinstance(right, int):
-        right = [i == right for i in range(len(choices))]
-    return contexts, choices, np.array(right, int)
-
-
-def solved(task: Task, doc: dict) -> str:
-    contexts, choices, right = parts(task, doc)
-    return f"{contexts[right.argmax()]} {choices[right.argmax()]}\n\n"
-
-
-def questions(config: Config, task: Task, folder: Path, subject: str) -> list[Question]:
-    """The questions of a benchmark (or of one of its subjects), ready to be scored."""
-    tokenizer = prepare_data.load_tokenizer(config.data_dir)
-    docs, random = read_split(find_split(task, folder, task.split)), Random(1234)  # its seed
-    pool = read_split(find_split(task, folder, task.pool)) if task.shots else []
-    if len(pool) < task.shots + (task.pool == "train"):
-        raise SystemExit(f"{folder} has {len(pool)} rows in {task.pool}: too few to draw"
-                         f" {task.shots} examples from.")
-    found: list[Question] = []
+def build_questions(config: Config, data: Data, name: str) -> list[Question]:
+    """The questions of a task, or of a subject of MMLU, ready to be scored."""
+    task_name, _, subject = name.partition("/")
+    task = TASKS[task_name]
+    if not task.hub:
+        return synthetic_questions(data, name)
+    docs = read_docs(find_files(config, name, task.split))
+    pool = read_docs(find_files(config, name, task.fewshot_split))
+    # From a training split draw_examples draws one more than it needs.
+    if not docs or len(pool) < task.num_fewshot + (task.fewshot_split == "train"):
+        raise UserError(f"{name} has {len(docs)} questions, and {len(pool)} entries to draw"
+                        f" {task.num_fewshot} examples from: too few. Is the download whole?")
+    header = MMLU_HEADER.format(subject.replace("_", " ")) if subject else ""
+    random = Random(1234)  # the harness's seed, and one stream for all questions
+    solved: list[str] = []  # the pool's questions, each with its right answer
+    questions: list[Question] = []
     try:
-        shown = [solved(task, doc) for doc in pool]
+        for doc in pool:
+            contexts, choices, gold = format_doc(task_name, doc)
+            solved.append(f"{contexts[gold.argmax()]} {choices[gold.argmax()]}\n\n")
         for doc in docs:
-            head = SUBJECT.format(subject) if subject else ""
-            head += "".join(shown[i] for i in examples(task, pool, doc, random))
-            contexts, choices, right = parts(task, doc)
-            rows = [encode(tokenizer, head + a, b, config.seq_len)
-                    for a, b in zip(contexts, choices)]
-            found.append(Question(rows, np.array([len(c) for c in choices]), right))
+            prompt = header + "".join(solved[i] for i in draw_examples(task, pool, doc, random))
+            contexts, choices, gold = format_doc(task_name, doc)
+            requests = [encode_request(data.tokenizer, prompt + context, choice, config.seq_len)
+                        for context, choice in zip(contexts, choices)]
+            questions.append(Question(requests, np.array([len(c) for c in choices]), gold))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise SystemExit(f"{folder}, after {len(found)} questions: a row is not in the form of"
-                         f" huggingface.co/datasets/{task.hub} ({error!r}).")
-    return found
+        raise UserError(f"{name}, after {len(questions)} questions: an entry is not in the form of"
+                        f" huggingface.co/datasets/{task.hub} ({error!r}).")
+    return questions
 
 
-def own_questions(config: Config, manifest: dict, name: str) -> list[Question]:
-    """Questions of four choices, made of the first 32 held-out rows of each source.
+def draw_examples(task: Task, pool: list[dict], doc: dict, random: Random) -> list[int]:
+    """Which entries of the pool stand before a question, drawn as the harness draws them."""
+    n, everything = task.num_fewshot, range(len(pool))
+    if n == 0 or task.fewshot_split == "dev":
+        # MMLU puts the same five before all questions of a subject.
+        return list(range(n))
+    if task.split == "test":
+        return random.sample(everything, n)
+    # Where there is no test split (HellaSwag), the harness draws one example more, and leaves out
+    # those that are the question itself.
+    drawn = [i for i in random.sample(everything, n + 1) if pool[i] != doc]
+    if len(drawn) < n:
+        return random.sample([i for i in everything if pool[i] != doc], n)
+    return drawn[:n]
 
-    continuation: which n tokens follow these 3 n, the row's own or those of other rows of its
-    source? It asks what a text is about. recall: a row's first half n tokens come once more
-    after 4 n of it; which of its pieces followed them then? They are all of one text, so it
-    asks for looking back, which a model learns later (induction heads, Olsson et al. 2022).
-    """
-    n = 4 * min(4, (manifest["seq_len"] + 1) // 20)
-    found: list[Question] = []
-    for file in manifest["valid"] if n else []:
-        ids = prepare_data.open_valid(config.data_dir, manifest, file["source"])["token_ids"]
-        ids = ids[:32, : 4 * n].astype(np.int32)
-        for i, row in enumerate(ids if len(ids) > 3 else []):
+
+def encode_request(tokenizer: Tokenizer, context: str, choice: str, window: int) -> Request:
+    """Context and choice tokenized as one text, of which the ids the context has not are scored."""
+    # As in the harness, spaces at the end of the context count with the choice, and what exceeds
+    # the window is cut off on the left.
+    n_context = len(tokenizer.encode(context.rstrip()))
+    ids = tokenizer.encode(f"{context} {choice}")
+    n = max(1, len(ids) - n_context)
+    if n_context == 0:
+        # The first id needs something to be predicted from: a document's end.
+        ids = np.append([tokenizer.eos_id], ids)
+    return Request(ids[-window - 1 :].astype(np.int32), min(n, window))
+
+
+def synthetic_questions(data: Data, name: str) -> list[Question]:
+    """Questions of four choices, made of the first 32 validation sequences of each source."""
+    # With n tokens as the unit, 16 or less, so that 5 n ids fit in a sequence:
+    n = 4 * min(4, (data.seq_len + 1) // 20)
+    questions: list[Question] = []
+    for source in data.validation_sources if n else []:
+        sequences = data.validation(source)["token_ids"][:32, : 4 * n].astype(np.int32)
+        if len(sequences) < 4:
+            continue  # three others are needed for wrong choices
+        for i, ids in enumerate(sequences):
             if name == "continuation":
-                context, choices = row[: 3 * n], [ids[i - k, 3 * n :] for k in range(4)]
-            else:
-                context = np.append(row, row[: n // 2])
-                choices = [row[k * n + n // 2 : k * n + n] for k in range(4)]
-            choices = np.roll(choices, i, axis=0)  # the right one stands at i % 4
-            rows = [(np.append(context, choice), len(choice)) for choice in choices]
-            found.append(Question(rows, np.ones(4), (np.arange(4) == i % 4).astype(int)))
-    return found
+                # Which n tokens follow these 3 n, the sequence's own or another's? This asks what a
+                # text is about.
+                context = ids[: 3 * n]
+                choices = [sequences[i - k, 3 * n :] for k in range(4)]
+            else:  # recall
+                # After 4 n tokens the first n / 2 come once more: which n / 2 followed them? All
+                # choices are of this text, so the model must look back, which models learn later
+                # (induction heads, Olsson et al. 2022).
+                context = np.append(ids, ids[: n // 2])
+                choices = [ids[k * n + n // 2 : (k + 1) * n] for k in range(4)]
+            # The right choice, until here the first, moves to i % 4: no place is favoured.
+            choices = np.roll(choices, i, axis=0)
+            gold = (np.arange(4) == i % 4).astype(int)
+            requests = [Request(np.append(context, choice), len(choice)) for choice in choices]
+            questions.append(Question(requests, np.ones(4), gold))
+    return questions
+
+
+def windows(ids: np.ndarray, window: int, stride: int) -> list[Request]:
+    """Requests that score each of ids[1:] once, `stride` of them in each window but the first."""
+    # They stand at the window's end: a token has at least window - stride tokens before it, or all
+    # there are.
+    requests: list[Request] = []
+    scored = 0
+    for end in [*range(window, len(ids) - 1, stride), len(ids) - 1]:
+        requests.append(Request(ids[max(0, end - window) : end + 1], end - scored))
+        scored = end
+    return requests
 
 
 # ---------------------------------------------------------------------------------------------
-# scoring
+# scoring: the log-likelihood of every choice, and all that is measured with it
+
+
+def log_likelihoods(model: LLaMA, questions: list[list[Request]], batch: int) -> list[np.ndarray]:
+    """log p of the last n ids of each request given those before them, one array per question.
+    batch: rows of a forward pass, at most; the choices of a question stay together."""
+    # Like lengths go together, which spares padding; the longest first, so that a lack of memory
+    # shows at once.
+    order = sorted(range(len(questions)), key=lambda i: -max(len(r.ids) for r in questions[i]))
+    batches: list[list[int]] = [[]]
+    rows = 0
+    for i in order:
+        n = len({request.ids[:-1].tobytes() for request in questions[i]})  # as in score_batch
+        if batches[-1] and rows + n > batch:
+            batches.append([])
+            rows = 0
+        batches[-1].append(i)
+        rows += n
+    found: dict[int, np.ndarray] = {}
+    hide = None if len(batches) > 9 else True  # a bar only where it takes a while
+    for numbers in tqdm(batches, unit="batch", leave=False, disable=hide):
+        found |= zip(numbers, score_batch(model, [questions[i] for i in numbers]))
+    return [found[i] for i in range(len(questions))]
 
 
 @torch.no_grad()
-def log_likelihoods(model: LLaMA, asked: list[list[Row]], batch: int) -> list[np.ndarray]:
-    """log p of the last n ids of each row (ids, n) given those before, one array per question.
-
-    Questions of like length go together, the longest first, about `batch` inputs at once.
-    """
-    order = sorted(range(len(asked)), key=lambda i: -max(len(ids) for ids, _ in asked[i]))
-    parts, filled = [], batch
-    for i in order:
-        inputs = len({ids[:-1].tobytes() for ids, _ in asked[i]})
-        if filled + inputs > batch:
-            parts, filled = [*parts, []], 0
-        parts[-1].append(i)
-        filled += inputs
-    found: dict[int, np.ndarray] = {}
-    hidden = None if len(parts) > 9 else True  # a bar within the bar, where it takes a while
-    for part in tqdm(parts, unit="batch", leave=False, disable=hidden):
-        found |= zip(part, score_batch(model, [asked[i] for i in part]))
-    return [found[i] for i in range(len(asked))]
-
-
-def score_batch(model: LLaMA, asked: list[list[Row]]) -> list[np.ndarray]:
-    """`log_likelihoods` of one batch, what is common computed once.
-
-    Choices of one token share their input (MMLU). What all inputs begin with (MMLU's examples)
-    goes through the model as one row, then what the choices of each question begin with
-    (examples and question) as a row per question; its keys and values serve all that follow.
-    """
-    inputs: list[np.ndarray] = []
-    members: list[list[int]] = []  # the inputs of each question
-    first: list[int] = []  # position of each input from which it is scored
-    picked: list[tuple[int, np.ndarray, int]] = []  # input, ids and n of each choice
-    for rows in asked:
-        known: dict[bytes, int] = {}
-        for ids, n in rows:
-            r = known.setdefault(ids[:-1].tobytes(), len(inputs))
-            if r == len(inputs):
-                inputs.append(ids[:-1])
-                first.append(len(ids) - 1 - n)
-            first[r] = min(first[r], len(ids) - 1 - n)
-            picked.append((r, ids, n))
-        members.append(list(known.values()))
-
-    def shared(group: list[int]) -> int:
-        """Tokens before any scored position that all inputs of a group begin with."""
-        block = np.stack([inputs[r][: min(first[r] for r in group)] for r in group])
-        differs = (block != block[0]).any(0)
-        return int(differs.argmax()) if differs.any() else block.shape[1]
-
-    device, width = model.lm_head.weight.device, max(map(len, inputs))
-    ids = torch.zeros(len(inputs), width, dtype=torch.int64)  # padded on the right: harmless
-    for r, row in enumerate(inputs):
-        ids[r, : len(row)] = torch.from_numpy(row)
-    ids = ids.to(device)
-    question = [q for q, group in enumerate(members) for _ in group]
-    cache, fed, source = None, 0, [0] * len(inputs)  # source: an input's row of the cache
-    for heads, end, children in (
-            ([0], shared(list(range(len(inputs)))), [0] * len(inputs)),
-            ([group[0] for group in members], min(map(shared, members)), question)):
-        spared = (len(inputs) - len(heads)) * (end - fed)
-        if spared > MIN_SPARED * ids.numel():
-            cache = (fork(cache, [source[r] for r in heads])
-                     or KVCache(model, len(heads), width))
-            model.model(ids[heads, fed:end], cache)
-            fed, source = end, children
-    x = model.model(ids[:, fed:], fork(cache, source))  # (inputs, width - fed, D)
-    count = [n for _, _, n in picked]
-    row = np.repeat([r for r, _, _ in picked], count)
-    position = np.concatenate([np.arange(len(i) - 1 - n, len(i) - 1) - fed
-                               for _, i, n in picked])
-    target = torch.from_numpy(np.concatenate([i[-n:] for _, i, n in picked])).long()
+def score_batch(model: LLaMA, questions: list[list[Request]]) -> list[np.ndarray]:
+    """`log_likelihoods` of a few questions, in one forward pass."""
+    requests = [request for question in questions for request in question]
+    sizes = [len(question) for question in questions]
+    # Padded on the right, with anything: no position that counts attends to what follows it.
+    ids = torch.zeros(len(requests), max(len(r.ids) for r in requests) - 1, dtype=torch.int64)
+    for row, request in zip(ids, requests):
+        row[: len(request.ids) - 1] = torch.from_numpy(request.ids[:-1])
+    # Requests that read the same ids share a row (MMLU: four choices of one token, one row).
+    ids, row_of = torch.unique(ids, dim=0, return_inverse=True)  # (rows, width), (requests,)
+    question_of = torch.empty(len(ids), dtype=torch.int64)
+    question_of[row_of] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    # Position i predicts id i + 1. What comes before all scored positions may be computed once.
+    starts = [len(request.ids) - 1 - request.n for request in requests]
+    ids = ids.to(model.lm_head.weight.device)
+    cache, known = compute_shared_prefix(model, ids, question_of.tolist(), min(starts))
+    hidden = model.model(ids[:, known:], cache)  # (rows, width - known, D)
+    # Logits are large, and only the scored positions need them: their states are lined up.
+    states: list[Tensor] = []
+    targets: list[Tensor] = []
+    for row, start, request in zip(row_of.tolist(), starts, requests):
+        states.append(hidden[row, start - known : start - known + request.n])  # (n, D)
+        targets.append(torch.from_numpy(request.ids[-request.n :]))
+    x = torch.cat(states) * (model.config.logit_scale * model.config.width_scale)
     weight = model.lm_head.weight.to(x.dtype)
-    _, losses = kernels.linear_cross_entropy(x[row, position], weight, target.to(device))
-    sums = np.add.reduceat(-losses.cpu().double().numpy(), np.cumsum([0, *count[:-1]]))
-    return np.split(sums, np.cumsum([len(rows) for rows in asked])[:-1])
+    _, losses = kernels.linear_cross_entropy(x, weight, torch.cat(targets).to(ids))
+    parts = losses.double().cpu().split([request.n for request in requests])
+    values = np.array([-float(part.sum()) for part in parts])  # one per request
+    return np.split(values, np.cumsum(sizes)[:-1])
 
 
-def fork(cache: KVCache | None, rows: list[int]) -> KVCache | None:
-    """The cache with these of its rows, repeated as often as they are named."""
-    if cache is not None:
-        cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]
-    return cache
+def compute_shared_prefix(model: LLaMA, ids: Tensor, question_of: list[int],
+                          end: int) -> tuple[KVCache | None, int]:
+    """Run what rows of `ids` begin with, before `end`, once: (keys and values per row, length)."""
+    # Either all rows begin alike (MMLU: its five examples), or the choices of each question do (ARC
+    # and HellaSwag: examples of its own, and the question). One level is enough: no task has much
+    # of both. For each row, the row that computes its prefix:
+    whole = [0] * len(ids)
+    by_question = [question_of.index(question) for question in question_of]
+    best, length, leaders = MIN_SHARED * ids.numel(), 0, None
+    for candidate in (whole, by_question):
+        same = (ids[:, :end] == ids[candidate, :end]).all(dim=0)  # (end,)
+        shared = int(same.int().cumprod(0).sum())  # positions before the first that differs
+        spared = (len(ids) - len(set(candidate))) * shared
+        if spared > best:
+            best, length, leaders = spared, shared, candidate
+    if leaders is None:
+        return None, 0
+    computed, copy_of = np.unique(leaders, return_inverse=True)
+    cache = KVCache(model, len(computed), ids.shape[1])
+    model.model(ids[computed, :length], cache)
+    cache.k, cache.v = cache.k[:, copy_of], cache.v[:, copy_of]  # one for each row again
+    return cache, length
 
 
-def score(model: LLaMA, asked: list[Question], metric: str, batch: int) -> dict[str, Any]:
-    """Each metric of a task with its standard error; `metric`: the one that stands for it."""
-    ll = log_likelihoods(model, [q.rows for q in asked], batch)
-    result: dict[str, Any] = {"metric": metric, "n": len(asked),
-                              "chance": statistics.fmean(q.right.mean() for q in asked)}
-    for name in dict.fromkeys(("acc", metric) if metric != "mc2" else ("mc2",)):
-        points = np.array([POINTS[name](*pair) for pair in zip(ll, asked)], float)
-        deviation = points.std(ddof=1) if len(points) > 1 else 0.0
-        result |= {name: points.mean(), f"{name}_se": deviation / math.sqrt(len(points))}
+def score_questions(model: LLaMA, questions: list[Question], metric: str,
+                    batch: int) -> dict[str, Any]:
+    """A task's metrics with their standard errors; `metric` is the one that is reported."""
+    points: dict[str, list[float]] = {"acc": [], "acc_norm": [], "mc2": []}
+    log_p = log_likelihoods(model, [question.requests for question in questions], batch)
+    for values, question in zip(log_p, questions):
+        points["acc"].append(question.gold[values.argmax()])
+        # Per character, or short choices would have an advantage.
+        points["acc_norm"].append(question.gold[(values / question.lengths).argmax()])
+        # Of the probability of all choices, the share of those that are true.
+        points["mc2"].append(question.gold @ np.exp(values - np.logaddexp.reduce(values)))
+    chance = statistics.fmean(question.gold.mean() for question in questions)
+    result: dict[str, Any] = {"metric": metric, "n": len(questions), "chance": chance}
+    for name in ("acc", "acc_norm") if metric == "acc_norm" else (metric,):
+        # The questions are a sample of those that could be asked: n - 1, as in the harness.
+        deviation = np.std(points[name], ddof=1) if len(questions) > 1 else 0.0
+        result[name] = float(np.mean(points[name]))
+        result[f"{name}_se"] = float(deviation) / math.sqrt(len(questions))
     return result
 
 
-def losses_of(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:
-    return {"loss": nats / tokens, "perplexity": perplexity(nats / tokens),
-            "bits_per_byte": nats / math.log(2) / n_bytes}
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # a model gone wrong may be beyond what a float holds
-
-
-def windows(ids: np.ndarray, window: int, stride: int) -> list[Row]:
-    """Rows that score each of ids[1:] once: at the end of the text before it in the window.
-
-    All windows but a text's only one are full; each after the first scores its last `stride`
-    ids, so that a token has at least window - stride tokens before it, or all there are.
-    """
-    ends = [*range(window, len(ids) - 1, stride), len(ids) - 1]
-    return [(ids[max(0, end - window) : end + 1], end - before)
-            for before, end in zip([0, *ends], ends)]
-
-
-def measure_text(config: Config, documents: list[str], stride: int, batch: int,
-                 model: LLaMA) -> dict[str, float]:
-    """Loss, perplexity, bits per byte of documents, each after an end of document."""
-    tokenizer = prepare_data.load_tokenizer(config.data_dir)
-    rows: list[list[Row]] = []
+def measure_text(model: LLaMA, data: Data, documents: list[str], stride: int, window: int,
+                 batch: int) -> dict[str, float]:
+    """Loss and bits per byte of documents, each read after an end of document."""
+    questions: list[list[Request]] = []
     for text in documents:
-        ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
-        rows += [[row] for row in windows(ids, config.seq_len, stride)]
-    nats = -sum(float(ll[0]) for ll in log_likelihoods(model, rows, batch))
-    tokens = sum(n for [(_, n)] in rows)
+        ids = np.append([data.tokenizer.eos_id], data.tokenizer.encode(text)).astype(np.int32)
+        questions += [[request] for request in windows(ids, window, stride)]
+    nats = -sum(float(values[0]) for values in log_likelihoods(model, questions, batch))
+    tokens = sum(request.n for [request] in questions)
     n_bytes = sum(len(text.encode()) for text in documents)
-    return losses_of(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
+    return text_figures(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
 
 
-# ---------------------------------------------------------------------------------------------
-# what is measured, and of which checkpoints
-
-
-class Measure(NamedTuple):
-    name: str
-    of: Any  # what the result depends on, beside the weights
-    run: Callable[[LLaMA], Any]
-
-
-def measures(config: Config, manifest: dict, flags: dict) -> list[Measure]:
-    """Everything to measure of a checkpoint, in pieces small enough to be lost by a kill."""
-    batch, data = flags["batch"], train.data_sha256(config.data_dir)
-    if path := flags["text"]:
-        documents, stride = read_texts(path), flags["stride"] or max(1, config.seq_len // 2)
-        of = [train.digest(documents), stride, config.seq_len, data]
-        return [Measure(f"text {path}", of, functools.partial(
-            measure_text, config, documents, stride, batch))]
-    found: list[Measure] = []
-
-    def add(name: str, of: list, metric: str, make: Callable[[], list[Question]]) -> None:
-        made = functools.cache(make)  # once for all checkpoints
-        found.append(Measure(name, of, lambda model: score(model, made(), metric, batch)))
-
-    if manifest["valid"]:
-        limit = flags["rows"] or None
-        found.append(Measure("held-out", [data, limit], lambda model: {
-            name: v | {"perplexity": perplexity(v["loss"])} for name, v in train.validate(
-                model, config.data_dir, limit, config.micro_batch_size).items()}))
-    root = Path(config.task_dir)
-    folders = {name: root / (task.folder or name) for name, task in TASKS.items()}
-    there = [*OWN, *(name for name in TASKS if folders[name].is_dir())]
-    for name in config.tasks.split(",") if config.tasks else there:
-        if name in OWN:
-            make = functools.partial(own_questions, config, manifest, name)
-            if make():
-                add(name, [data], "acc", make)
-            continue
-        if name not in TASKS:
-            raise SystemExit(f"tasks: there is no {name!r}; there are {', '.join(OWN)},"
-                             f" {', '.join(TASKS)}.")
-        task, subjects = TASKS[name], {""}
-        if name == "mmlu":  # the hub has two folders more, which are no subjects
-            subjects = {p.parent.name for p in folders[name].glob("*/test[.-]*")}
-            subjects = subjects - {"all", "auxiliary_train"} or {"abstract_algebra"}
-        for subject in sorted(subjects):
-            folder = folders[name] / subject
-            splits = [task.split, task.pool] if task.shots else [task.split]
-            files = [file for split in splits for file in find_split(task, folder, split)]
-            of = [*map(train.sha256, files), config.seq_len, data]
-            add(f"{name}/{subject}".rstrip("/"), of, task.metric, functools.partial(
-                questions, config, task, folder, subject.replace("_", " ")))
-    if not found:
-        raise SystemExit(f"There is nothing to measure: {config.data_dir} has no held-out"
-                         f" rows and task_dir ({root}) no benchmarks (README.md: how to get them).")
-    return found
+def list_evaluations(config: Config, data: Data, flags: dict) -> list[Evaluation]:
+    """All that is measured of a checkpoint, in pieces small enough to be lost by a kill."""
+    # The second entry of an Evaluation is what its result depends on beside the weights: when that
+    # has changed, it is measured again.
+    batch, window = flags["batch"], config.seq_len
+    if flags["text"]:
+        documents, stride = read_texts(flags["text"]), flags["stride"] or max(1, window // 2)
+        inputs = [sha256_json(documents), stride, window, data.sha256]
+        return [Evaluation(f"text {flags['text']}", inputs, lambda model: measure_text(
+            model, data, documents, stride, window, batch))]
+    evaluations: list[Evaluation] = []
+    if data.validation_sources:
+        limit = flags["sequences"] or None
+        evaluations.append(Evaluation("validation", [data.sha256, limit], lambda model: validate(
+            model, data, limit, config.micro_batch_size)))
+    # To tokenize the questions of all benchmarks takes minutes: it is done when the first
+    # checkpoint needs them, and once for all checkpoints.
+    questions = functools.cache(lambda name: build_questions(config, data, name))
+    for name in task_names(config):
+        task = TASKS[name.split("/")[0]]
+        files = find_files(config, name, task.split) + find_files(config, name, task.fewshot_split)
+        inputs = [*(sha256_file(file) for file in files), window, data.sha256]
+        # Of very few or short validation sequences no questions can be made.
+        if files or questions(name):
+            evaluations.append(Evaluation(name, inputs, lambda model, name=name, task=task: (
+                score_questions(model, questions(name), task.metric, batch))))
+    if not evaluations:
+        raise UserError(f"There is nothing to measure: {config.data_dir} has no validation"
+                        f" sequences and task_dir ({config.task_dir}) no benchmarks"
+                        " (docs/evaluation.md says where to get them).")
+    return evaluations
 
 
 def read_texts(path: str) -> list[str]:
-    if not Path(path).is_file():
-        raise SystemExit(f"--text={path}: there is no such file.")
-    documents = list(prepare_data.read_documents(path, "stop", Counter()))
-    if not documents:
-        raise SystemExit(f"--text={path}: there is no text in it.")
-    return documents
-
-
-def chosen(run_dir: str, which: str) -> list[Path]:
-    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or paths.
-
-    A path may be one of a Hugging Face directory (config.json and weights).
-    """
-    found = train.checkpoints(run_dir)
-    kept = [p for p in found if p.name.startswith("ckpt_")]
-    if which == "all":
-        paths = kept or found[-1:]
-    elif which == "last":
-        paths = found[-1:]
+    """The documents of a text file, or those in a .jsonl or .parquet file (`text`, `content`)."""
+    if path.endswith((".jsonl", ".parquet")):
+        texts = [doc.get("text", doc.get("content")) for doc in read_docs([Path(path)])]
     else:
-        paths = [Path(run_dir) / f"ckpt_{int(part):03d}" if part.isdecimal() else Path(part)
-                 for part in which.split(",")]
-    for path in paths:
-        if not ((path / "manifest.json").exists() or train.is_hugging_face(path)):
-            names = ", ".join(p.name for p in found) or "none"
-            raise SystemExit(f"There is no checkpoint {path}; {run_dir} has: {names}.")
-    if not paths:
-        raise SystemExit(f"{run_dir} has no checkpoint yet: run train.py with this config"
-                         " first.")
-    return paths
+        # Invalid bytes become lone surrogates, which replace_invalid_utf8 knows.
+        texts = [Path(path).read_bytes().decode("utf-8", "surrogateescape")]
+    if not any(texts) or any(not isinstance(text, str) or "\0" in text for text in texts):
+        raise UserError(f"--text={path}: there is no text in it, or not only text.")
+    return [replace_invalid_utf8(text.removeprefix("\ufeff")) for text in texts if text]
 
 
-def build(config: Config) -> LLaMA:
-    """The model of a config on its device, to read and not to train; weights not yet filled."""
-    train.tune_cpu(config.threads)
-    if torch.cuda.is_available():  # under torchrun a GPU for each process
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    device, dtype = train.choose_device(config)
-    with torch.device("meta"):
-        model = LLaMA(config, dtype)
-    return model.freeze().allocate(device)
-
-
-Grid = dict[str, tuple[Path, Measure]]  # what a result is of, as JSON -> checkpoint, measure
-
-
-def grid(model: LLaMA, paths: list[Path], asked: list[Measure]) -> Grid:
-    # A result belongs to weights, data and settings, not to a name that may be trained anew.
-    weights = {path: train.identity(path) for path in paths}
-    return {json.dumps({"weights": weights[path], "dtype": str(model.dtype)[6:],
-                        "measure": m.name, "of": m.of}): (path, m)
-            for path in paths for m in asked}
-
-
-def known(file: Path) -> dict[str, dict[str, Any]]:
-    """The results there are, by what they are of."""
-    return {json.dumps(r["of"]): r for r in train.read_records(file) if "result" in r}
-
-
-def measure(file: Path, model: LLaMA, todo: Grid, title: str = "evaluating") -> set[Path]:
-    """Append results to a .jsonl file as they come; returns the checkpoints that are damaged."""
-    damaged: set[Path] = set()
-    manifest, loaded = {}, None
-    bar = tqdm(todo.items(), desc=title, disable=None if todo else True)
-    for key, (path, m) in bar:
-        bar.set_postfix_str(f"{path.name} {m.name}")
-        if path != loaded and path not in damaged:
-            try:
-                manifest, loaded = train.load_weights(model, path), path
-            except SystemExit:
-                problem = train.problem_of(path, ("model",))
-                if not problem:  # a sound checkpoint of another model
-                    raise
-                tqdm.write(f"Skipping {path}: {problem}.")
-                damaged.add(path)
-        if path not in damaged:
-            train.append_record(file, {
-                "checkpoint": path.name, "step": manifest["step"],
-                "tokens": manifest["tokens"], "measure": m.name, "result": m.run(model),
-                "of": json.loads(key)})
-    return damaged
-
-
-def collect(file: Path, whole: Grid, damaged: set[Path], rank: int) -> list[dict[str, Any]]:
-    """The results of a grid, when all processes have measured their share, in the grid's order.
-
-    Only the first process gets them, the others end here. torchrun ends all if one of them fails.
-    """
-    if rank:
-        raise SystemExit(0)
-    unverified = {path for path, _ in whole.values()}
-    while True:
-        done = known(file)
-        missing = {path for key, (path, _) in whole.items() if key not in done} - damaged
-        if not missing:
-            break
-        for path in missing & unverified:  # another process is at it, or has skipped it
-            damaged |= {path} if train.problem_of(path, ("model",)) else set()
-        unverified -= missing
-        time.sleep(1)
-    results = [done[key] for key, (path, _) in whole.items() if path not in damaged]
-    if not results:
-        raise SystemExit(f"None of the checkpoints could be measured: {file.parent} has no sound"
-                         " one among them.")
-    return results
-
-
-def follow(config: Config, model: LLaMA, asked: list[Measure], end: int,
-           flags: dict) -> list[dict[str, Any]]:
-    """Measure this process's share, with --watch until step `end`; then give all results."""
-    file, world = Path(config.run_dir) / "eval.jsonl", flags["world"]
-    damaged, over = set(), False
-    while not over:
-        found = train.checkpoints(config.run_dir)
-        steps = [train.read_json(path / "manifest.json").get("step", 0) for path in found]
-        over = not flags["watch"] or max(steps, default=0) >= end
-        paths = chosen(config.run_dir, flags["checkpoints"]) if over or found else []
-        whole, done = grid(model, paths, asked), known(file)
-        # A checkpoint is one process's or, when there are fewer of them, several processes'.
-        team = max(1, world // max(1, len(paths)))
-        owner = [(i * team + j % team) % world
-                 for i in range(len(paths)) for j in range(len(asked))]
-        damaged |= measure(file, model, {
-            key: cell for (key, cell), rank in zip(whole.items(), owner)
-            if rank == flags["rank"] and key not in done and cell[0] not in damaged})
-        if not over:
-            time.sleep(POLL_SECONDS)
-    results = collect(file, whole, damaged, flags["rank"])
-    return sorted(results, key=lambda r: r["step"] or math.inf)
+def task_names(config: Config) -> list[str]:
+    """The tasks that the setting `tasks` names, or all that can be asked; MMLU as its subjects."""
+    root, names = Path(config.task_dir), config.tasks.split(",")
+    if not config.tasks:
+        names = [name for name, task in TASKS.items()
+                 if not task.hub or (root / (task.folder or name)).is_dir()]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"tasks: there is no {name!r}; there are {', '.join(TASKS)}.")
+    if "mmlu" in names:
+        # A subject is a result of its own, since MMLU is large. The hub has two folders more.
+        subjects = {path.parent.name for path in root.glob("mmlu/*/test[.-]*")}
+        subjects -= {"all", "auxiliary_train"}
+        # Where there is none, one is named all the same, so that find_files says what is missing.
+        names = [name for name in names if name != "mmlu"]
+        names += [f"mmlu/{subject}" for subject in sorted(subjects) or ["abstract_algebra"]]
+    return names
 
 
 # ---------------------------------------------------------------------------------------------
-# what is said of it
-
-Curves = dict[str, list[tuple[float, float]]]  # name -> points (tokens or FLOPs, value)
+# what is printed
 
 
 def by_checkpoint(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per checkpoint: `text`, losses by source or file, and `tasks`, scores by name."""
-    rows: dict[str, dict[str, Any]] = {}
-    for r in results:
-        row = rows.setdefault(r["of"]["weights"], {
+    """An entry per checkpoint, in order of steps: its losses (`text`) and its scores (`tasks`)."""
+    # By weights and not by name: two directories may have one name.
+    entries: dict[str, dict[str, Any]] = {}
+    for r in sorted(results, key=lambda r: r["step"] or math.inf):
+        entry = entries.setdefault(r["of"]["weights"], {
             "checkpoint": r["checkpoint"], "step": r["step"], "tokens": r["tokens"] or 0,
             "text": {}, "tasks": {}})
-        if r["measure"] == "held-out":
-            row["text"] |= {f"held-out {name}": v for name, v in r["result"].items()}
-        elif r["measure"].startswith("text "):
-            row["text"][Path(r["measure"][5:]).name] = r["result"]
+        if r["evaluation"] == "validation":
+            entry["text"] |= {f"validation {source}": r["result"][source] for source in r["result"]}
+        elif r["evaluation"].startswith("text "):
+            entry["text"][Path(r["evaluation"].removeprefix("text ")).name] = r["result"]
         else:
-            row["tasks"][r["measure"]] = r["result"]
-    for row in rows.values():
-        subjects = [row["tasks"].pop(name) for name in list(row["tasks"]) if "mmlu/" in name]
-        if subjects:
-            row["tasks"] |= pooled(subjects)
-    return list(rows.values())
+            entry["tasks"][r["evaluation"]] = r["result"]
+    for entry in entries.values():
+        names = [name for name in entry["tasks"] if name.startswith("mmlu/")]
+        if names:
+            entry["tasks"] |= aggregate_subjects([entry["tasks"].pop(name) for name in names])
+    return list(entries.values())
 
 
-def pooled(subjects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def aggregate_subjects(subjects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """mmlu: the mean over questions, as the harness; mmlu_macro: over subjects, as Amber."""
-    n, acc, se = (np.array([p[key] for p in subjects]) for key in ("n", "acc", "acc_se"))
+    n, acc, se = (np.array([r[key] for r in subjects]) for key in ("n", "acc", "acc_se"))
+    # Variances are pooled as in the harness: (n - 1) n se^2 is a subject's sum of squares.
     variance = ((n - 1) * n * se**2).sum() / max(1, n.sum() - len(n))
-    same = {"metric": "acc", "n": int(n.sum()), "chance": 0.25}
-    return {"mmlu": same | {"acc": float(acc @ n / n.sum()),
-                            "acc_se": float(math.sqrt(variance / n.sum()))},
-            "mmlu_macro": same | {"acc": float(acc.mean()),
-                                  "acc_se": float(np.linalg.norm(se) / len(n))}}
+    mean = {"metric": "acc", "n": int(n.sum()), "chance": 0.25, "acc": float(acc @ n / n.sum()),
+            "acc_se": math.sqrt(variance / n.sum())}
+    macro = {"acc": float(acc.mean()), "acc_se": float(np.linalg.norm(se) / len(n))}
+    return {"mmlu": mean, "mmlu_macro": mean | macro}
 
 
 def value(result: dict[str, Any]) -> float:
+    """The figure that stands for a result: bits per byte of a text, the metric of a task."""
     return result["bits_per_byte"] if "bits_per_byte" in result else result[result["metric"]]
 
 
-def table(rows: list[dict[str, Any]], kind: str) -> str:
-    """A row per checkpoint, a column per source or task."""
-    names = list(rows[-1][kind])
-    heads = [name.removeprefix("held-out ")[:13] for name in names]
+def table(entries: list[dict[str, Any]], kind: str) -> str:
+    """A line per checkpoint, a column per source (kind "text") or task (kind "tasks")."""
+    names = list(entries[-1][kind])
+    heads = [name.removeprefix("validation ")[:13] for name in names]
     lines = [f"{'checkpoint':>14} {'tokens':>15}" + "".join(f"{head:>14}" for head in heads)]
-    for r in rows:
-        cells = (f"{value(r[kind][n]):.3f}" if n in r[kind] else "" for n in names)
-        lines.append(f"{r['checkpoint'][:14]:>14} {r['tokens']:>15,}"
-                     + "".join(f"{cell:>14}" for cell in cells))
+    for entry in entries:
+        line = f"{entry['checkpoint'][:14]:>14} {entry['tokens']:>15,}"
+        for name in names:
+            line += f"{value(entry[kind][name]):14.3f}" if name in entry[kind] else " " * 14
+        lines.append(line)
     return "\n".join(lines)
 
 
-def curves(rows: list[dict[str, Any]], kind: str) -> Curves:
-    """By source or task, for the checkpoints whose tokens are known."""
-    return {name: [(r["tokens"], value(r[kind][name])) for r in rows
-                   if r["tokens"] and name in r[kind]] for name in rows[-1][kind]}
-
-
-def published(path: str, rows: list[dict[str, Any]]) -> Curves:
-    """Another run's scores in our tasks, as far as ours goes, of a .csv (tokens, tasks...)."""
+def published_scores(path: str, entries: list[dict[str, Any]]) -> dict[str, list]:
+    """Another run's scores in our tasks, as far as ours goes: {name: [(tokens, score), ...]}."""
+    scores: dict[str, list] = {}
     try:
+        # A .csv with the columns `tokens` and one per task; a score may be missing.
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-        entries = list(csv.DictReader(x for x in lines if not x.startswith("#")))
-        return {name: points for name in rows[-1]["tasks"] if (points := [
-            (float(e["tokens"]), float(e[name])) for e in entries
-            if e.get(name) and float(e["tokens"]) <= rows[-1]["tokens"]])}
+        for line in csv.DictReader(line for line in lines if not line.startswith("#")):
+            for name in entries[-1]["tasks"]:
+                if line.get(name) and float(line["tokens"]) <= entries[-1]["tokens"]:
+                    scores.setdefault(name, []).append((float(line["tokens"]), float(line[name])))
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"published = {path!r} cannot be read: {error!r}.")
+        raise UserError(f"published = {path!r} cannot be read: {error!r}.")
+    return scores
 
 
-def read_steps(run_dir: str) -> list[dict[str, Any]]:
-    """The records of the steps a run has made; those it left out have no loss."""
-    return [r for r in train.read_records(Path(run_dir) / "metrics.jsonl") if "loss" in r]
-
-
-def short(x: float) -> str:
-    """1.26e12 -> 1.26T"""
-    power = max(0, min(4, int(math.log10(max(x, 1)) // 3)))
-    return f"{x / 1000**power:.3g}{' kMGT'[power].strip()}" if x < 1e15 else f"{x:.3g}"
-
-
-def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most 85 points, means of neighbours."""
-    size = -(-len(points) // 85) or 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [tuple(map(statistics.fmean, zip(*group))) for group in groups]
-
-
-def plot(title: str, lines: Curves, x_name: str) -> str:
-    """Curves of letters on 12 lines of text; later letters lie over earlier ones."""
-    lines = {name: finite for name, points in lines.items()
-             if (finite := [p for p in points if math.isfinite(p[1])])}
-    if not lines:
-        return f"{title} (no point to draw)"
-    x, y = zip(*(point for points in lines.values() for point in points))
-    high, low, end = max(y), min(y), max(x)
-    marks, legend = [[" "] * 72 for _ in range(12)], []
-    for letter, (name, points) in zip(string.ascii_letters, lines.items()):
-        legend.append(f"{letter} {name.removeprefix('held-out ')} {points[-1][1]:.3f}")
-        for px, py in points:
-            row, column = 11 * (high - py) / (high - low or 1), 71 * px / (end or 1)
-            marks[round(row)][round(column)] = letter
-    edge = {0: f"{high:.3g}", 11: f"{low:.3g}"}
-    body = [f"{edge.get(i, ''):>8} |{''.join(row).rstrip()}" for i, row in enumerate(marks)]
-    return "\n".join([title, *body, f"{'':>8} 0{'-' * 70}{short(end)} {x_name}",
-                      textwrap.indent(textwrap.fill(", ".join(legend), 78), " " * 10)])
-
-
-def draw(path: Path, panels: list[tuple[str, str, Curves, Curves]]) -> bool:
-    """Panels (title, name of x, curves, published curves) as a picture, given matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    panels = [panel for panel in panels if any(panel[2].values())]
-    wide, high = max(1, min(3, len(panels))), -(-len(panels) // 3) or 1
-    figure, axes = pyplot.subplots(high, wide, figsize=(5 * wide + 1, 3.8 * high),
-                                   layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    for axis, (title, x_name, ours, theirs) in zip(axes.flat, panels):
-        for i, (name, points) in enumerate(ours.items()):
-            axis.plot([x for x, _ in points], [y for _, y in points], f"C{i}",
-                      linewidth=1, marker="." if len(points) < 50 else "",
-                      label=name.removeprefix("held-out "))
-            if name in theirs:
-                axis.plot(*zip(*theirs[name]), f"C{i}:", label=f"{name}, published")
-        axis.set(title=title, xlabel=x_name)
-        axis.legend(fontsize="x-small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
-
-
-def report(config: Config, rows: list[dict[str, Any]], theirs: Curves, records: list[dict],
-           text: str, file: str) -> str:
+def report(config: Config, data: Data, entries: list[dict[str, Any]], sample: str,
+           config_file: str) -> str:
     """What a run came to, and what to type next."""
-    manifest, last = prepare_data.load_manifest(config.data_dir), rows[-1]
-    said = {"run": f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
-                   f" {last['tokens']:,} tokens, {config.n_params:,} parameters",
-            "data": f"{config.data_dir}, {len(manifest['chunks'])} chunks"}
-    if records:
-        said["training"] = (
-            f"loss {statistics.fmean(r['loss'] for r in records[-20:]):.3f} (last 20 steps),"
-            f" {statistics.median(r['tokens_per_s'] for r in records):,.0f} tokens/s (median)")
-    for name, v in last["text"].items():
-        said[name] = (f"loss {v['loss']:.3f}, perplexity {v['perplexity']:.2f},"
-                      f" {v['bits_per_byte']:.3f} bits per byte")
-    for name, v in last["tasks"].items():
-        said[name] = (f"{v['metric']} {value(v):.3f} ± {v[v['metric'] + '_se']:.3f}"
-                      f" of {v['n']:,} (chance {v['chance']:.3f})")
-        if name in theirs:
-            x, y = zip(*theirs[name])
-            said[name] += f", published at these tokens {np.interp(last['tokens'], x, y):.3f}"
-    said["sample"] = repr(text)
-    lines = "\n".join(f"{key:>24}: {words}" for key, words in said.items())
-    return f"""{lines}
+    last = entries[-1]
+    lines = [("run", f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
+                     f" {last['tokens']:,} tokens, {config.n_params:,} parameters"),
+             ("data", f"{config.data_dir}, {len(data.manifest['chunks'])} chunks")]
+    steps = checkpoint.read_records(Path(config.run_dir, "metrics.jsonl"))
+    losses = [step["loss"] for step in steps if "loss" in step]
+    if losses:
+        speed = statistics.median(step["tokens_per_s"] for step in steps if "loss" in step)
+        lines.append(("training", f"loss {statistics.fmean(losses[-20:]):.3f} (last 20 steps),"
+                                  f" {speed:,.0f} tokens/s (median)"))
+    for name, r in last["text"].items():
+        perplexity = math.exp(min(r["loss"], 700.0))  # beyond that no float can hold it
+        lines.append((name, f"loss {r['loss']:.3f}, perplexity {perplexity:.2f},"
+                            f" {r['bits_per_byte']:.3f} bits per byte"))
+    published = published_scores(config.published, entries)
+    for name, r in last["tasks"].items():
+        text = (f"{r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f} of {r['n']:,}"
+                f" (chance {r['chance']:.3f})")
+        if name in published:
+            theirs = np.interp(last["tokens"], *zip(*published[name]))
+            text += f", published at these tokens {theirs:.3f}"
+        lines.append((name, text))
+    lines.append(("sample", repr(sample)))
+    printed = "\n".join(f"{name:>24}: {text}" for name, text in lines)
+    return f"""{printed}
 Next:
-  python eval.py {file} --prompt="import "       # text from this model
-  python prepare_data.py {file} --show_step=100  # the rows step 100 learned from
-  make ablation  # three learning rates, two seeds each: what differs, and what is chance"""
+  python eval.py {config_file} --prompt="import "  # text from this model
+  python audit.py {config_file} --step=100         # the sequences that step 100 learned from
+  python tools/report.py {config.run_dir}  # the curves as pictures
+  make ablation  # three learning rates, two seeds each: which differences are more than chance"""
 
 
-def summarize(config: Config, model: LLaMA, rows: list[dict[str, Any]], flags: dict,
-              file: str) -> None:
-    """Print tables, plots and the report, and draw curves.png."""
-    records = read_steps(config.run_dir)
-    sources = dict.fromkeys(name for r in records for name in r["loss_by_source"])
-    losses = {name: smooth([(r["tokens"], r["loss_by_source"][name]) for r in records
-                            if name in r["loss_by_source"]]) for name in sources}
-    theirs = published(config.published, rows)
-    panels = [("training loss", "tokens", losses, {})]
-    for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
-        if rows[-1][kind]:
-            ours, other = curves(rows, kind), theirs if kind == "tasks" else {}
-            panels.append((title, "tokens", ours, other))
-            beside = {f"{name}, published": points for name, points in other.items()}
-            print(f"{title}\n{table(rows, kind)}\n\n{plot(title, ours | beside, 'tokens')}\n")
-    train.load_weights(model, chosen(config.run_dir, flags["newest"])[-1])
-    text = train.continue_text(config, model, config.sample_prompt, flags["tokens"],
-                               flags["temperature"])
-    print(report(config, rows, theirs, records, text, file))
-    picture = Path(config.run_dir) / "curves.png"
-    if draw(picture, panels):
-        print(f"Curves: {picture}")
-        if len(runs := stages(config.run_dir)) > 1:
-            draw(picture.with_name("stages.png"), stage_panels(runs))
-            print(f"Stages: {picture.with_name('stages.png')}")
-
-
-def stages(run_dir: str) -> list[tuple[Path, int]]:
-    """A run and those it goes on from, oldest first: (directory, tokens seen before it began).
-
-    As the newest checkpoint of each tells in `started_from`; a chain ends where no run is.
-    """
-    runs, before = [Path(run_dir)], []
-    while found := train.checkpoints(runs[0]):
-        origin = train.read_json(found[-1] / "manifest.json").get("started_from", {})
-        before.insert(0, origin.get("tokens") or 0)
-        if not origin or Path(origin["path"]).parent in runs:
-            break
-        runs.insert(0, Path(origin["path"]).parent)
-    runs = runs[len(runs) - len(before) :]
-    return [(run, sum(before[: i + 1])) for i, run in enumerate(runs)]
-
-
-def stage_panels(runs: list[tuple[Path, int]]) -> list[tuple[str, str, Curves, Curves]]:
-    """For `draw`: a panel per source, bits per byte over the tokens of all stages."""
-    sources: dict[str, Curves] = {}
-    for run, before in runs:
-        now = {train.identity(path) for path in train.checkpoints(run)}
-        found = [r for r in train.read_records(run / "eval.jsonl") if r["of"]["weights"] in now]
-        for row in sorted(by_checkpoint(found), key=lambda row: row["tokens"]):
-            for name, result in row["text"].items():
-                line = sources.setdefault(name, {}).setdefault(run.name, [])
-                line.append((before + row["tokens"], value(result)))
-    return [(name.removeprefix("held-out "), "tokens", lines, {})
-            for name, lines in sources.items()]
-
-
-def speak(config: Config, model: LLaMA, flags: dict) -> None:
-    """Print a prompt and its continuation, each character as soon as it is whole."""
-    tokenizer = prepare_data.load_tokenizer(config.data_dir)
-    ids = tokenizer.encode(flags["prompt"]).tolist() or [tokenizer.eos_id]
-    said = tokenizer.decode(ids)
-    print(said, end="", flush=True)
-    for token in model.stream([ids], flags["tokens"], flags["temperature"], top_p=0.95):
+def stream_completion(model: LLaMA, tokenizer: Tokenizer, prompt: str, n: int,
+                      temperature: float) -> None:
+    """Print a prompt and n tokens after it, each character as soon as it is whole."""
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
+    printed = tokenizer.decode(ids)
+    print(printed, end="", flush=True)
+    for token in model.stream([ids], n, temperature, top_p=0.95):
         ids = [*ids, int(token[0])]
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # else the next may bring the rest of a character
-            print(text[len(said) :], end="", flush=True)
-            said = text
-    print(tokenizer.decode(ids)[len(said) :])
+        # U+FFFD at the end is half a character, whose other half the next token may bring.
+        if not text.endswith("\ufffd"):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    print(tokenizer.decode(ids)[len(printed) :])
 
 
-# ---------------------------------------------------------------------------------------------
-# runs against each other
-
-
-def read_run(path: str) -> dict[str, Any]:
-    """Settings, figures and loss curve of a run directory."""
-    settings = train.read_json(Path(path) / "config.json")
-    records = read_steps(path)
-    if not (settings and records):
-        raise SystemExit(f"{path} is not the directory of a run: config.json and"
-                         " metrics.jsonl, which train.py writes, are not there.")
-    config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
-    flops, tokens = config.flops_per_token(config.seq_len), records[-1]["tokens"]
-    valid = next((r["valid"] for r in reversed(records) if "valid" in r), {})
-    scores = {"training loss": statistics.fmean(r["loss"] for r in records[-20:])}
-    if valid:
-        scores["held-out loss"] = statistics.fmean(v["loss"] for v in valid.values())
-        scores["bits per byte"] = statistics.fmean(v["bits_per_byte"] for v in valid.values())
-    shown = {"parameters": short(config.n_params), "tokens": short(tokens),
-             "FLOPs": f"{flops * tokens:.3g}",
-             "tokens/s": f"{statistics.median(r['tokens_per_s'] for r in records):,.0f}",
-             **{name: f"{x:.3f}" for name, x in scores.items()},
-             **{f"  {name}": f"{v['bits_per_byte']:.3f}" for name, v in valid.items()}}
-    curve = smooth([(r["tokens"], r["loss"]) for r in records])
-    return {"settings": settings, "scores": scores, "shown": shown, "flops": flops,
-            "curve": curve[len(curve) // 10 :]}  # what falls most says least
-
-
-def compare(paths: list[str]) -> None:
-    """One table and one picture of runs; and where only the seed differs, the spread."""
-    if len(paths) < 2:
-        raise SystemExit("--compare takes two or more run directories:"
-                         " python eval.py --compare runs/a runs/b")
-    top = os.path.commonpath([Path(path).resolve().parent for path in paths])
-    runs = {os.path.relpath(path, top): read_run(path) for path in paths}
-    every = [run["settings"] for run in runs.values()]
-    keys = [key for key in every[0] if key not in ("name", "run_dir", "data_dir", "resume")
-            and any(s.get(key) != every[0][key] for s in every)]
-    names = dict.fromkeys(name for run in runs.values() for name in run["shown"])
-    print(columns([["", *runs], *([key, *(str(s.get(key)) for s in every)] for key in keys),
-                   *([name, *(run["shown"].get(name, "") for run in runs.values())]
-                     for name in names)]))
-    groups: dict[str, list[dict[str, float]]] = {}
-    for run in runs.values():
-        label = ", ".join(f"{key} {run['settings'].get(key)}" for key in keys if key != "seed")
-        groups.setdefault(label or "all", []).append(run["scores"])
-    if len(groups) < len(runs):
-        scores = list(next(iter(runs.values()))["scores"])
-        print("\nmean ± standard deviation over seeds")
-        print(columns([["", "runs", *scores], *(
-            [label, str(len(group)), *(spread([s[name] for s in group if name in s])
-                                       for name in scores)]
-            for label, group in groups.items())]))
-    losses = {name: run["curve"] for name, run in runs.items()}
-    costs = {name: [(x * run["flops"], y) for x, y in run["curve"]]
-             for name, run in runs.items()}
-    panels = [("training loss", "tokens", losses, {}), ("training loss", "FLOPs", costs, {})]
-    for title, x_name, lines, _ in panels:
-        print(f"\n{plot(title, lines, x_name)}")
-    if draw(Path(top) / "compare.png", panels):
-        print(f"Picture: {Path(top) / 'compare.png'}")
-
-
-def columns(rows: list[list[str]]) -> str:
-    """Rows of words under each other, each column as wide as its longest."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in rows)
-
-
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}" if values else ""
+def run_has_ended(config: Config, data: Data) -> bool:
+    """Whether the checkpoint of a run's last step is there."""
+    steps = sum(data.steps_per_chunk(config.global_batch_size))
+    found = checkpoint.list_checkpoints(config.run_dir)
+    done = checkpoint.read_manifest(found[-1]).get("step", 0) if found else 0
+    return done >= min(steps, config.max_steps or steps)
 
 
 def main(argv: list[str]) -> None:
-    if "--compare" in argv:
-        return compare([argument for argument in argv if argument != "--compare"])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    config, flags = load(argv, checkpoints="all", watch=False, text="", stride=0, rows=1000,
+    config, flags = load(argv, checkpoints="all", watch=False, text="", stride=0, sequences=1000,
                          batch=32, prompt="", tokens=64, temperature=0.8)
-    newest = "last" if flags["checkpoints"] == "all" else flags["checkpoints"]
-    flags |= {"rank": rank, "world": world, "newest": newest}
-    if min(flags[key] for key in ("stride", "rows", "tokens")) < 0 or flags["batch"] < 1:
-        raise SystemExit("--stride, --rows and --tokens must be 0 or more, --batch 1 or more.")
+    if min(flags[key] for key in ("stride", "sequences", "tokens")) < 0 or flags["batch"] < 1:
+        raise UserError("--stride, --sequences and --tokens must be 0 or more, --batch 1 or more.")
     if flags["stride"] > config.seq_len:
-        raise SystemExit(f"--stride={flags['stride']} is more than the window,"
-                         f" {config.seq_len} tokens (seq_len): some would be left out.")
-    train.choose_kernels(config.kernels)
-    manifest = prepare_data.load_manifest(config.data_dir)
-    n_vocab, end = manifest["tokenizer"]["n_vocab"], config.max_steps
-    if n_vocab > config.vocab_size:
-        raise SystemExit(f"The tokenizer of {config.data_dir} has {n_vocab} token ids, the"
-                         f" model of this config {config.vocab_size} (vocab_size).")
-    model = build(config)
+        raise UserError(f"--stride={flags['stride']} is more than the window, {config.seq_len}"
+                        " tokens (seq_len): some tokens would not be scored.")
+    choose_kernels(config.kernels)
+    data = load_data(config.data_dir)
+    if data.n_vocab > config.vocab_size:
+        raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
+                        f" model of this config {config.vocab_size} (vocab_size).")
+    model, which = build_for_inference(config), flags["checkpoints"]
     if flags["prompt"]:
-        train.load_weights(model, chosen(config.run_dir, newest)[-1])
-        return speak(config, model, flags)
-    for path in sorted(Path(config.run_dir).glob("ckpt_*")) if not rank else []:
-        if not (path / "manifest.json").exists():
-            print(f"Skipping {path}: it is half-written (no manifest.json yet).")
-    total = prepare_data.total_steps(manifest, config.global_batch_size)
-    try:
-        results = follow(config, model, measures(config, manifest, flags),
-                         min(total, end or total), flags)
-    except KeyboardInterrupt:
-        raise SystemExit(f"Stopped. What was measured is in {config.run_dir}/eval.jsonl; the"
-                         " same command goes on from there.")
-    file = next(argument for argument in argv if not argument.startswith("-"))
-    summarize(config, model, by_checkpoint(results), flags, file)
+        paths = checkpoint.select_checkpoints(config.run_dir, "last" if which == "all" else which)
+        checkpoint.load_weights(model, paths[-1])
+        stream_completion(model, data.tokenizer, flags["prompt"], flags["tokens"],
+                          flags["temperature"])
+        return
+    evaluations, file = list_evaluations(config, data, flags), Path(config.run_dir, "eval.jsonl")
+    while flags["watch"] and not run_has_ended(config, data):
+        if checkpoint.list_checkpoints(config.run_dir):
+            paths = checkpoint.select_checkpoints(config.run_dir, which)
+            # The processes need not wait for each other before the run is over.
+            checkpoint.evaluate_checkpoints(file, model, paths, evaluations, finish=False)
+        time.sleep(POLL_SECONDS)
+    paths = checkpoint.select_checkpoints(config.run_dir, which)
+    results = checkpoint.evaluate_checkpoints(file, model, paths, evaluations)
+    # Of torchrun's processes the first one prints.
+    if int(os.environ.get("RANK", 0)):
+        return
+    entries = by_checkpoint(results)
+    for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
+        if entries[-1][kind]:
+            print(f"{title}\n{table(entries, kind)}\n")
+    # The sample is of the last one in the tables: a newer one may be damaged.
+    newest = [path for path in paths if path.name == entries[-1]["checkpoint"]][-1]
+    checkpoint.load_weights(model, newest)
+    sample = continue_text(model, data.tokenizer, config.sample_prompt, flags["tokens"],
+                           flags["temperature"])
+    print(report(config, data, entries, sample, next(a for a in argv if not a.startswith("-"))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

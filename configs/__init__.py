@@ -10,12 +10,20 @@ import ast
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+
+class UserError(Exception):
+    """What a person at the keyboard must know: one sentence that names the thing, what was
+    expected, what was found and what to do. `run_command` prints it; everything else is a bug."""
 
 
 @dataclass
@@ -45,6 +53,11 @@ class ModelConfig:
     init_truncated: bool = False  # initial weights within two standard deviations
     init_by_depth: bool = False  # o_proj and down_proj begin smaller by sqrt(2 x layers)
 
+    def __post_init__(self) -> None:
+        # Not left to `load`, because a model made of ModelConfig(...) alone must be right too.
+        if self.num_key_value_heads == 0:
+            self.num_key_value_heads = self.num_attention_heads
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -59,6 +72,7 @@ class ModelConfig:
     def matmul_params(self) -> int:
         """Weights that every token is multiplied with: the blocks' matrices and the head."""
         d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        # q and o are (d, d), k and v (kv, d), gate, up and down (ffn, d).
         block = 2 * d * d + 2 * d * kv + 3 * d * self.intermediate_size
         return self.num_hidden_layers * block + self.vocab_size * d
 
@@ -73,6 +87,8 @@ class ModelConfig:
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs per token: 6 per matmul weight, 12 L T d of attention (PaLM, app. B)."""
+        # 6 = 2 for the forward pass, 4 for the backward one. Attention multiplies a token with T
+        # others twice (q k and p v), and counts them all although a half is masked.
         attention = 12 * self.num_hidden_layers * seq_len * self.hidden_size
         return 6 * self.matmul_params + attention
 
@@ -91,25 +107,25 @@ class Config(ModelConfig):
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
     source_halves: dict = field(default_factory=dict)  # {"name": "even" or "odd" documents}
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
-    canaries: dict = field(default_factory=dict)  # {times: n}: plant n random rows so many times
+    canaries: dict = field(default_factory=dict)  # {times: n}: plant n random sequences so often
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
-    tokenized_valid: str = ""  # the same for held-out rows; without it there are none
-    on_bad_row: str = "stop"  # a row or line that is not valid: "stop" | "skip" (and count)
+    tokenized_valid: str = ""  # the same for validation; without it there is none
+    on_bad_line: str = "stop"  # a line of input that is not valid: "stop" | "skip" (and count)
     tokenizer: str = "bpe"  # "bpe" | "llama:PATH" | "tiktoken:NAME" | "data:DIR" = that data's
     crystal_tokens: bool = False  # ids for Crystal's 22 added tokens (infilling, files, chat)
     fim_rates: dict = field(default_factory=dict)  # {"name": share of its documents infilled}
     fim_spm_rate: float = 0.5  # of those, the share written suffix first
-    seq_len: int = 2048  # tokens a row trains on; a row holds seq_len + 1 ids
+    seq_len: int = 2048  # tokens a sequence trains on; it holds seq_len + 1 ids
     n_chunks: int = 360  # chunks of data = checkpoints kept
-    rows_per_chunk: int = 0  # rows of a chunk at most; 0 = all there are
-    valid_rows: int = 102_400  # rows held out of each source (at most, of tokenized_valid)
-    valid_documents: int = 0  # hold out one whole document in so many, by hash; 0 = any rows
+    sequences_per_chunk: int = 0  # sequences of a chunk at most; 0 = all there are
+    valid_sequences: int = 102_400  # held out of each source for validation (at most)
+    valid_documents: int = 0  # hold out one whole document in so many, by hash; 0 = any sequences
     workers: int = 0  # processes; 0 = one per core
-    seed: int = 11111  # of the data order, the held-out rows and the initial weights
+    seed: int = 11111  # of the data order, the validation sequences and the initial weights
 
     # -- train.py: batch and schedule
-    global_batch_size: int = 2240  # rows per optimizer step, over all processes
-    micro_batch_size: int = 10  # rows per forward pass of one process
+    global_batch_size: int = 2240  # sequences per optimizer step, over all processes
+    micro_batch_size: int = 10  # sequences per forward pass of one process
     learning_rate: float = 3e-4  # peak, reached after warmup_steps
     min_learning_rate: float = 3e-5  # at the last step
     lr_schedule: str = "cosine"  # "cosine" | "linear" | "constant", after the warm-up
@@ -139,21 +155,20 @@ class Config(ModelConfig):
     shard_size: int = 0  # hsdp: processes of a group; 0 = those of a node
     reduce_dtype: str = "float32"  # gradients between processes: "float32" | "bfloat16", as Amber
     activation_checkpointing: str = "none"  # computed again: "none" | "selective" | "full" block
-    timeout_minutes: float = 15.0  # without progress for so long, a run ends and says who is stuck
+    timeout_minutes: float = 15.0  # a collective that takes so long ends the run
 
     # -- train.py: a loss or gradient that is not finite
-    on_nonfinite: str = "stop"  # "stop" | "skip_step" (no update) | "skip_chunk", as Amber
-    make_up: bool = True  # train the first chunks again in place of those skipped, as Amber
+    on_nonfinite: str = "stop"  # "stop" | "skip_step": leave out the update of that step
+    skip_chunks: list = field(default_factory=list)  # left out; the first ones come again instead
 
     # -- train.py: validation, samples, checkpoints
     eval_interval: int = 762  # optimizer steps between validations; 0 = only at checkpoints
-    eval_rows: int = 256  # held-out rows per source of one validation
+    eval_sequences: int = 256  # sequences per source of one validation
     sample_prompt: str = "The"  # text continued at every checkpoint
     sample_tokens: int = 48  # tokens of that continuation; 0 = none
     resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" | PATH
     init_from: str = ""  # checkpoint whose weights a new run begins with
     save_minutes: float = 30.0  # minutes between rolling checkpoints; 0 = none
-    async_save: bool = True  # train on while a copy of the state is written
     keep_rolling: int = 1  # rolling checkpoints kept
     keep_train_state: int = 2  # newest checkpoints that keep their optimizer state; 0 = all
 
@@ -172,67 +187,78 @@ class Config(ModelConfig):
 
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
-    "on_bad_row": ("stop", "skip"),
+    "on_bad_line": ("stop", "skip"),
     "lr_schedule": ("cosine", "linear", "constant"),
     "dtype": ("auto", "bfloat16", "float32"),
     "kernels": ("auto", "triton", "torch"),
     "parallel": ("ddp", "fsdp", "hsdp"),
     "reduce_dtype": ("float32", "bfloat16"),
     "activation_checkpointing": ("none", "selective", "full"),
-    "on_nonfinite": ("stop", "skip_step", "skip_chunk"),
+    "on_nonfinite": ("stop", "skip_step"),
 }
+# Every other number may be 0, and none may be negative.
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
     global_batch_size micro_batch_size learning_rate adam_eps grad_clip timeout_minutes
-    eval_rows""".split()
-# everything else that is a number may be 0, and nothing may be negative
+    eval_sequences""".split()
+# What older configs and commands say, and what to write instead.
+RENAMED = {
+    "rows_per_chunk": "sequences_per_chunk", "valid_rows": "valid_sequences",
+    "eval_rows": "eval_sequences", "on_bad_row": "on_bad_line", "rows": "sequences",
+    "make_up": "skip_chunks, whose chunks are always made up for",
+    "async_save": "nothing: a checkpoint is always written while training goes on",
+    "show_step": "python audit.py CONFIG --step=N", "replay": "python audit.py CONFIG --replay=N",
+    "verify": "python audit.py CONFIG --verify", "dry_run": "python tools/dry_run.py CONFIG",
+    "compare": "python tools/compare.py runs/a runs/b",
+}
 
 
 def load(argv: list[str], **flags: Any) -> tuple[Config, dict[str, Any]]:
     """Read a config file and its `--key=value` overrides: `(config, flags)`.
 
     argv: `["configs/NAME.py", "--key=value", ...]`; flags: what this stage takes beside the
-    settings, with defaults, e.g. `verify=False` for `--verify`. `-h` prints every setting.
-    Raises SystemExit with all problems at once, one sentence each.
+    settings, with defaults, e.g. `watch=False` for `--watch`. `-h` prints every setting.
+    Raises UserError with all problems at once, one sentence each.
     """
     if "-h" in argv or "--help" in argv:
         print(help_text())
-        raise SystemExit(0)
-    config, known = Config(), {f.name: f.type for f in fields(Config)}  # name -> type
-    paths = [a for a in argv if not a.startswith("-")]
+        sys.exit(0)
+    paths = [argument for argument in argv if not argument.startswith("-")]
     if len(paths) != 1:
-        found = "none" if not paths else " and ".join(paths)
-        raise SystemExit(f"Give one config file, like configs/amber_tiny.py: found {found}."
-                         " (Settings are written --key=value; -h lists them.)")
+        found = " and ".join(paths) or "none"
+        raise UserError(f"Give one config file, like configs/amber_tiny.py: found {found}."
+                        " (Settings are written --key=value; -h lists them.)")
+    # All problems are collected, so that a person does not meet them one at a time.
+    kinds = {f.name: f.type for f in fields(Config)}
+    values: dict[str, Any] = {}
     problems: list[str] = []
-    given = read_file(paths[0])
-    for key, value in given.items():
-        if key not in known:
-            problems.append(f"{paths[0]}: {unknown(key, known)}")
+    for key, value in read_file(paths[0]).items():
+        if key in kinds:
+            set_value(values, key, value, kinds[key], paths[0], problems)
         else:
-            set_value(config, key, value, known[key], paths[0], problems)
+            problems.append(f"{paths[0]}: {unknown(key, [*kinds])}")
     for argument in argv:
         if not argument.startswith("-"):
             continue
         key, equals, text = argument.lstrip("-").partition("=")
-        if key in flags:
-            flags[key] = parse(text if equals else "true", type(flags[key]), argument, problems)
-        elif key not in known:
-            problems.append(f"command line: {unknown(key, [*known, *flags])}")
-        elif not equals and known[key] is not bool:
+        kind = type(flags[key]) if key in flags else kinds.get(key)
+        if kind is None:
+            problems.append(f"command line: {unknown(key, [*kinds, *flags])}")
+        elif not equals and kind is not bool:
             problems.append(f"command line: write --{key}=VALUE, in one word.")
         else:
-            value = parse(text if equals else "true", known[key], argument, problems)
-            set_value(config, key, value, known[key], "command line", problems)
+            value = parse(text if equals else "true", kind, argument, problems)
+            target = flags if key in flags else values
+            set_value(target, key, value, kind, "command line", problems)
+    # Data and run are found by the config's name unless it says otherwise.
+    config = Config(**values)
     config.name = config.name or Path(paths[0]).stem
     config.data_dir = config.data_dir or f"data/{config.name}"
     config.run_dir = config.run_dir or f"runs/{config.name}"
-    if not config.num_key_value_heads:
-        config.num_key_value_heads = config.num_attention_heads
     if not problems:  # a range means nothing before the types are right
         problems = check(config)
     if problems:
-        raise SystemExit("\n".join(problems))
+        raise UserError("\n".join(problems))
     return config, flags
 
 
@@ -243,7 +269,8 @@ def read_file(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         near = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py")))
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise SystemExit(f"Cannot read the config file {path}: {reason}. There are: {near}.")
+        raise UserError(f"Cannot read the config file {path}: {reason}. There are: {near}.")
+    # A config is a program, so that one can build on another. It is the user's own, and may run.
     namespace: dict[str, Any] = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
@@ -251,13 +278,16 @@ def read_file(path: str) -> dict[str, Any]:
         line = getattr(error, "lineno", None)
         if line is None and error.__traceback__ and error.__traceback__.tb_next:
             line = error.__traceback__.tb_next.tb_lineno
-        raise SystemExit(f"{path}, line {line}: {type(error).__name__}: {error}.")
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}.")
     return {key: value for key, value in namespace.items()
             if not key.startswith("_") and not isinstance(value, ModuleType)}
 
 
-def unknown(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+def unknown(key: str, known: list[str]) -> str:
+    """What to say of a name that is no setting: its new name, or the nearest one."""
+    if key in RENAMED:
+        return f"{key!r} is gone; write {RENAMED[key]}."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "-h lists them."
     return f"there is no setting {key!r}; {hint}"
 
@@ -276,37 +306,47 @@ def parse(text: str, kind: type, argument: str, problems: list[str]) -> Any:
         return kind()
 
 
-def set_value(config: Config, key: str, value: Any, kind: type, where: str,
+def set_value(values: dict[str, Any], key: str, value: Any, kind: type, where: str,
               problems: list[str]) -> None:
-    """Set a field if the value has its type (a whole number will do for a float)."""
+    """Set a value if it has its setting's type (a whole number will do for a float)."""
+    # Exact types: True is an int to Python, and "3" is not a number to anybody.
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         problems.append(f"{where}: {key} must be of type {kind.__name__}, found {value!r}"
                         f" ({type(value).__name__}).")
     else:
-        setattr(config, key, value)
+        values[key] = value
 
 
 def check(c: Config) -> list[str]:
     """Everything wrong with the values of a config, one sentence each."""
-    problems = [f"{key} must be one of {', '.join(map(repr, allowed))}, found {getattr(c, key)!r}."
-                for key, allowed in CHOICES.items() if getattr(c, key) not in allowed]
+    problems = []
+    for key, allowed in CHOICES.items():
+        if getattr(c, key) not in allowed:
+            problems.append(f"{key} must be one of {', '.join(map(repr, allowed))}, found"
+                            f" {getattr(c, key)!r}.")
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type in (int, float):
-            if not 0 <= value < float("inf"):
-                problems.append(f"{f.name} must be 0 or more and finite, found {value}.")
-            elif value == 0 and f.name in POSITIVE:
-                problems.append(f"{f.name} must be more than 0.")
-    if problems:
-        return problems
+        if f.type not in (int, float):
+            continue
+        if not 0 <= value < float("inf"):
+            problems.append(f"{f.name} must be 0 or more and finite, found {value}.")
+        elif value == 0 and f.name in POSITIVE:
+            problems.append(f"{f.name} must be more than 0.")
     for key in ("adam_beta1", "adam_beta2"):
         if getattr(c, key) >= 1:
             problems.append(f"{key} must be less than 1, found {getattr(c, key)}.")
     if c.min_learning_rate > c.learning_rate:
         problems.append(f"min_learning_rate ({c.min_learning_rate}) must not be more than"
                         f" learning_rate ({c.learning_rate}).")
+    # What follows divides by these numbers, so they must be in range first.
+    return problems or check_heads(c) + check_data(c)
+
+
+def check_heads(c: ModelConfig) -> list[str]:
+    """What is wrong with the sizes of the attention heads."""
+    problems = []
     for whole, part in (("hidden_size", "num_attention_heads"),
                         ("num_attention_heads", "num_key_value_heads")):
         n, unit = getattr(c, whole), getattr(c, part)
@@ -319,26 +359,40 @@ def check(c: Config) -> list[str]:
     elif not problems and (c.rotary_dim % 2 or c.rotary_dim > c.head_dim):
         problems.append(f"rotary_dim must be even and at most the head size ({c.head_dim}),"
                         f" found {c.rotary_dim}.")
+    return problems
+
+
+def check_data(c: Config) -> list[str]:
+    """What is wrong with the settings that say what the data is made of."""
+    problems = []
     if c.sources and c.tokenized:
-        problems.append("give sources (text) or tokenized (released rows of ids), not both.")
-    problems += [f"sources[{key!r}] must be a path or glob, found {value!r}."
-                 for key, value in c.sources.items() if not isinstance(value, str)]
-    problems += [f"source_weights[{key!r}] must be a number of 0 or more, found {value!r}."
-                 for key, value in c.source_weights.items()
-                 if not isinstance(value, (int, float)) or not 0 <= value < float("inf")]
-    problems += [f"{key} is for text (sources), not for tokenized rows."
-                 for key in ("source_halves", "valid_documents", "fim_rates")
-                 if c.tokenized and getattr(c, key)]
-    problems += [f"source_halves[{key!r}] must be 'even' or 'odd', found {value!r}."
-                 for key, value in c.source_halves.items() if value not in ("even", "odd")]
-    problems += [f"{key} must be a share between 0 and 1, found {value!r}."
-                 for key, value in (*((f"fim_rates[{name!r}]", rate) for name, rate in
-                                      c.fim_rates.items()), ("fim_spm_rate", c.fim_spm_rate))
-                 if not isinstance(value, (int, float)) or not 0 <= value <= 1]
-    if any(type(n) is not int or n < 1 for pair in c.canaries.items() for n in pair):
-        problems.append(f"canaries must be {{times: rows}} of whole numbers, found {c.canaries}.")
-    if c.canaries and c.tokenized:
-        problems.append("canaries can be planted in text (sources), not in tokenized rows.")
+        problems.append("give sources (text) or tokenized (released chunks of ids), not both.")
+    for key in ("source_weights", "source_halves", "max_source_bytes", "valid_documents",
+                "fim_rates", "canaries"):
+        if c.tokenized and getattr(c, key):
+            problems.append(f"{key} is for text (sources), not for tokenized chunks.")
+    for key, value in c.sources.items():
+        if not isinstance(value, str):
+            problems.append(f"sources[{key!r}] must be a path or glob, found {value!r}.")
+    for key, value in c.source_weights.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            problems.append(f"source_weights[{key!r}] must be a number of 0 or more, found"
+                            f" {value!r}.")
+    for key, value in c.source_halves.items():
+        if value not in ("even", "odd"):
+            problems.append(f"source_halves[{key!r}] must be 'even' or 'odd', found {value!r}.")
+    rates = {f"fim_rates[{key!r}]": rate for key, rate in c.fim_rates.items()}
+    for key, value in [*rates.items(), ("fim_spm_rate", c.fim_spm_rate)]:
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            problems.append(f"{key} must be a share between 0 and 1, found {value!r}.")
+    for times, n in c.canaries.items():
+        if type(times) is not int or type(n) is not int or times < 1 or n < 1:
+            problems.append("canaries must be {times: sequences} of whole numbers, found"
+                            f" {{{times!r}: {n!r}}}.")
+    for chunk in c.skip_chunks:
+        if type(chunk) is not int or not 0 <= chunk < c.n_chunks:
+            problems.append(f"skip_chunks must hold numbers of chunks, 0 to {c.n_chunks - 1},"
+                            f" found {chunk!r}.")
     if not re.fullmatch("bpe|(llama|tiktoken|data):.+", c.tokenizer):
         problems.append('tokenizer must be "bpe", "llama:PATH", "tiktoken:NAME" or "data:DIR",'
                         f" found {c.tokenizer!r}.")
@@ -363,8 +417,38 @@ def comments() -> dict[str, str]:
 
 def help_text() -> str:
     """The docstring of the running stage, and every setting with its default and comment."""
-    stage = (getattr(sys.modules["__main__"], "__doc__", None) or "").strip()
-    default, said = Config(), comments()
-    rows = [f"  --{f.name}={getattr(default, f.name)!r}\n        {said[f.name]}"
-            for f in fields(Config)]
-    return "\n".join([stage, "", "Settings, with their defaults (Amber's):", *rows])
+    lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip(), "",
+             "Settings, with their defaults (Amber's):"]
+    said = comments()
+    for f in fields(Config):
+        # Dictionaries and lists have a factory, since a default must not be shared.
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        lines += [f"  --{f.name}={default!r}", f"        {said[f.name]}"]
+    return "\n".join(lines)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a stage's `main` on the command line's words, and end as a command should: what a person
+    must know is one sentence and exit status 1, and only a bug leaves a traceback."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        sentence = str(error)
+    except KeyboardInterrupt:
+        sentence = "Stopped. The same command goes on from what was finished."
+    except BrokenPipeError:  # `| head`: nobody reads any more, and that is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if not error.filename:
+            raise
+        sentence = f"{error.filename}: {error.strerror}."
+    else:
+        return
+    if int(os.environ.get("RANK", 0)):
+        # Usually all processes have the same to say, and torchrun ends all when one has ended:
+        # let the first one say it. What only this one knows is said after the wait.
+        time.sleep(3)
+        sentence = f"Process {os.environ['RANK']}: {sentence}"
+    sys.exit(sentence)

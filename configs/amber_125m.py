@@ -7,8 +7,8 @@ tokenizer = "llama:data/llama/tokenizer.json"  # as Amber; "bpe" trains one inst
 sources = {"text": "data/text/*"}  # your text: .txt, .jsonl, .parquet, code, folders
 seq_len = 1024
 n_chunks = 20
-valid_rows = 512
-global_batch_size = 256  # rows = 262k tokens
+valid_sequences = 512
+global_batch_size = 256  # sequences = 262k tokens
 micro_batch_size = 16
 learning_rate = 6e-4
 min_learning_rate = 6e-5

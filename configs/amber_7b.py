@@ -3,11 +3,11 @@
 # what a person should see. README.md, "Many GPUs", has the commands.
 tokenized = "data/AmberDatasets/train/train_*.jsonl"  # LLM360's released chunks, already tokenized
 tokenizer = "llama:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
-rows_per_chunk = 1_706_976  # 762 steps of 2240 rows; 96 rows are left over
+sequences_per_chunk = 1_706_976  # 762 steps of 2240 sequences; 96 are left over
 n_chunks = 360
 seq_len = 2048
-global_batch_size = 2240  # rows = 4,587,520 tokens
-micro_batch_size = 10  # rows per GPU on 224 GPUs
+global_batch_size = 2240  # sequences = 4,587,520 tokens
+micro_batch_size = 10  # sequences per GPU on 224 GPUs
 parallel = "hsdp"  # shard within groups of 4 GPUs, a node of Amber's; replicate across them
 shard_size = 4
 activation_checkpointing = "full"  # as Amber

@@ -1,5 +1,5 @@
 # 1.9M parameters on text that every Python installation carries: minutes on a laptop CPU.
-# Expected at the end: loss about 3.8, 1.57 bits per byte on held-out code (starcoder).
+# Expected at the end: loss about 3.8, 1.57 bits per byte on validation code.
 hidden_size = 128
 intermediate_size = 352
 num_hidden_layers = 4
@@ -8,13 +8,13 @@ vocab_size = 4096
 tokenizer = "bpe"  # trained on the corpus itself, seconds
 seq_len = 128
 n_chunks = 10  # = checkpoints
-rows_per_chunk = 2720  # 170 steps
-valid_rows = 64  # held out of each source
-global_batch_size = 16  # rows = 2048 tokens
+sequences_per_chunk = 2720  # 170 steps
+valid_sequences = 64  # held out of each source
+global_batch_size = 16  # sequences = 2048 tokens
 micro_batch_size = 16
 learning_rate = 3e-3
 min_learning_rate = 3e-4
 warmup_steps = 50
 eval_interval = 85
-eval_rows = 64
+eval_sequences = 64
 keep_train_state = 0  # small enough to keep all

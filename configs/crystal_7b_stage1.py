@@ -26,8 +26,8 @@ source_halves = dict.fromkeys(sources, "even")
 valid_documents = 5000  # the same documents whatever the stage and the half; ours
 seq_len = 2048
 n_chunks = 54  # a checkpoint every 1500 steps, and one at the end
-rows_per_chunk = 1500 * 2112
-global_batch_size = 2112  # rows = 4,325,376 tokens
+sequences_per_chunk = 1500 * 2112
+global_batch_size = 2112  # sequences = 4,325,376 tokens
 micro_batch_size = 11  # on 192 GPUs; Crystal: 66 on each of 16 CS-2, twice a step
 
 lr_schedule = "linear"

@@ -12,7 +12,7 @@ source_weights = {
     "commoncrawl": 0.019, "github": 0, "stackexchange": 0.046, "wikipedia": 0.297}
 fim_rates = {**dict.fromkeys(_web, 0.3), "starcoder": 0.9}
 n_chunks = 28
-rows_per_chunk = 1000 * 2112
+sequences_per_chunk = 1000 * 2112
 learning_rate = 0.002
 min_learning_rate = 0.0002
 warmup_steps = 276

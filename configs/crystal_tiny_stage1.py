@@ -20,14 +20,14 @@ init_truncated = True
 init_by_depth = True
 
 crystal_tokens = True  # reserved now, for the stages after this
-_prose = ("stackexchange", "refinedweb", "arxiv", "c4", "wikipedia", "book")
-source_weights = {"starcoder": 0}  # held out and measured, not trained on
+_prose = ("examples", "docstrings", "formulas", "readmes", "reference", "long_docstrings")
+source_weights = {"code": 0}  # held out and measured, not trained on
 source_halves = dict.fromkeys(_prose, "even")
 valid_documents = 12  # of each source one document in 12, the same in all stages
-valid_rows = 64
+valid_sequences = 64
 seq_len = 128
 n_chunks = 4
-global_batch_size = 16  # rows = 2048 tokens
+global_batch_size = 16  # sequences = 2048 tokens
 micro_batch_size = 16
 
 lr_schedule = "linear"
@@ -37,5 +37,5 @@ schedule_steps = 2200  # a line that this stage leaves at its end, and stage 2 g
 warmup_steps = 50
 adam_eps = 1e-9
 eval_interval = 85
-eval_rows = 64
+eval_sequences = 64
 keep_train_state = 0

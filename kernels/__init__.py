@@ -1,7 +1,7 @@
 """The operations of the model, each in Triton and in PyTorch, and the choice between the two.
 
     attention.py      causal attention, grouped heads, KV cache
-    rmsnorm.py        RMSNorm, and residual addition + RMSNorm
+    rmsnorm.py        RMSNorm (Amber)
     layernorm.py      LayerNorm (Crystal)
     swiglu.py         silu(gate) * up
     rope.py           rotary embedding of q and k
@@ -27,8 +27,7 @@ from kernels import rmsnorm as _rmsnorm
 from kernels import rope as _rope
 from kernels import swiglu as _swiglu
 
-__all__ = ["add_rms_norm", "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "rope",
-           "swiglu", "use"]
+__all__ = ["attention", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "use"]
 
 _choice = "auto"
 
@@ -86,13 +85,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _triton(x, _rmsnorm.unsupported(x)):
         return _rmsnorm.rms_norm_triton(x, weight, eps)
     return _rmsnorm.rms_norm_torch(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-> (rms_norm(x + residual), x + residual): a block's addition and the next block's norm."""
-    if _triton(x, _rmsnorm.unsupported(x)):
-        return _rmsnorm.add_rms_norm_triton(x, residual, weight, eps)
-    return _rmsnorm.add_rms_norm_torch(x, residual, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

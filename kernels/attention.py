@@ -37,7 +37,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) of each kernel, frozen: an autotuner may
 # pick another tile in the next run, another tile adds in another order, and the bits change. They
-# are chosen from the compiler's report, `python kernels/bench.py --aot` (table in BENCH.md): no
+# are chosen from the compiler's report, `python tools/aot.py` (the table is in docs/kernels.md): no
 # spilled register, no serialized wgmma, and, on Hopper, two programs per SM so that one's softmax
 # runs under the other's matrix products.
 HOPPER = {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 2)}
@@ -99,8 +99,8 @@ def _store(x, tile, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr, TMA: 
 
 @triton.jit
 def _dot(a, b, acc=None):
-    # input_precision speaks of fp32 operands only: three tf32 products, close to fp32's own
-    # rounding
+    # input_precision says how to multiply fp32 operands, and only those: as three tf32 products,
+    # which come close to fp32's own rounding.
     return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
@@ -113,7 +113,7 @@ def _attend(acc, total, peak, q, k, v, b, hk, m0, n0, c, T, K, MASKED: tl.conste
         rows = m0 + tl.arange(0, BLOCK_M)
         cols = n0 + tl.arange(0, BLOCK_N)
         s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
-    # The first tile of keys holds one that every row may see: the peak is finite from there on.
+    # The first tile of keys holds one that every row may see, so the peak is finite from there on.
     new_peak = tl.maximum(peak, tl.max(s, 1))
     p = tl.exp2(s - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
@@ -149,7 +149,8 @@ def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.con
 def _delta_kernel(o, do, delta, T, H, D: tl.constexpr, BLOCK_M: tl.constexpr):
     m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     rows = m0 + tl.arange(0, BLOCK_M)
-    # rowsum(dO * O) = rowsum(P * dP): the softmax's correction, from what the forward left behind
+    # rowsum(dO * O) = rowsum(P * dP), which the softmax's gradient subtracts: what the forward pass
+    # left behind is enough for it.
     o_tile = _load(o, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     tl.store(delta + (b * H + h) * T + rows, tl.sum(o_tile * do_tile, 1), mask=rows < T)
@@ -172,7 +173,7 @@ def _dkdv_kernel(q, k, v, do, dk, dv, lse, delta, scale, T, H, GROUP: tl.constex
         for m0 in range(n0 // BLOCK_M * BLOCK_M, T, BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
-            # Rows past T: LSE = inf makes their column of Pᵀ zero.
+            # Rows past T get LSE = inf, which makes their column of Pᵀ zero.
             lse_row = tl.load(lse + stats + rows, mask=rows < T, other=float("inf"))
             pT = tl.exp2(_dot(k_tile, q_tile.T) * (scale * LOG2E) - lse_row[None, :])
             pT = tl.where(cols[:, None] <= rows[None, :], pT, 0.0)
@@ -206,7 +207,7 @@ def _dq_kernel(q, k, v, do, dq, lse, delta, scale, T, H, GROUP: tl.constexpr, D:
     h, b = tl.program_id(1), tl.program_id(2)
     q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
     do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, TMA)
-    # LSE = inf past T, as in dK/dV
+    # Rows past T get LSE = inf, as in dK/dV.
     rows = m0 + tl.arange(0, BLOCK_M)
     lse_row = tl.load(lse + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
     delta_row = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
@@ -250,7 +251,7 @@ def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> 
 @torch.library.custom_op("kernels::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> o (B, T, H, D) and the base-2 log-sum-exp of each row, (B, H, T) fp32."""
-    # A copy only for slices of a fused projection; the model's own tensors come contiguous.
+    # This copies only slices of a fused projection: the model's own tensors come contiguous.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     table, tma = _tiles(q)
@@ -273,7 +274,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("kernels::attention_backward", mutates_args=())
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
               ) -> tuple[Tensor, Tensor, Tensor]:
-    # `do` may arrive expanded, as from a sum.
+    # `do` may come expanded, with strides of 0, as the gradient of a sum does.
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     K = k.shape[2]

@@ -80,7 +80,7 @@ def _softmax_torch(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = torch.log_softmax(logits, -1, dtype=wide)
     log_p_target = log_p.gather(1, targets[:, None])
-    # p - 1 at the target is expm1(log p): exact also where p is close to 1
+    # At the target p - 1 is expm1(log p), which is exact also where p is close to 1.
     if gradient:
         logits.copy_(log_p.exp_().scatter_(1, targets[:, None], log_p_target.expm1()))
     return -log_p_target.squeeze(1)
@@ -94,13 +94,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want_x, want_weight = (gradient and want for want in ctx.needs_input_grad[:2])
         losses, dx, dw = [], [], None
         for x_rows, target_rows in zip(x.split(chunk_rows), targets.split(chunk_rows)):
-            # (chunk, V), the only logits there ever are; `softmax` turns them into their gradient
+            # There are never more logits than these (chunk, V), which `softmax` turns into dz.
             z = x_rows @ weight.t()
             losses.append(softmax(z, target_rows, want_x or want_weight))
             if want_x:
                 dx.append(z @ weight)
             if want_weight:
-                # Each product is summed in fp32 inside the GEMM; so is the sum over chunks.
+                # The product sums its rows in fp32, but comes back rounded to x's type. So a chunk
+                # is rounded once, and only the sum over chunks is kept in fp32.
                 part = z.t() @ x_rows
                 dw = part if dw is None else dw.float().add_(part)
         losses = torch.cat(losses)

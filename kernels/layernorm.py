@@ -1,6 +1,6 @@
 """LayerNorm, forward and backward: Crystal's norm.
 
-    rstd = 1 / sqrt(var(x) + eps)     x̂ = (x - mean(x)) rstd     y = x̂ w + b      (arXiv 1607.06450)
+    rstd = 1 / sqrt(var(x) + eps)    x̂ = (x - mean(x)) rstd    y = x̂ w + b    (arXiv 1607.06450)
 
     g = dy w      dx = rstd (g - mean(g) - x̂ mean(g x̂))      dw = sum of dy x̂      db = sum of dy
 
@@ -34,7 +34,7 @@ def _forward_kernel(x, weight, bias, y, mean, rstd, N, eps, BLOCK: tl.constexpr)
     mu = tl.sum(x_row, 0) / N
     # The row is in registers: the variance is taken about the mean, not as E[x²] - E[x]².
     centered = tl.where(inside, x_row - mu, 0.0)
-    # divided by N and not N - 1, as everywhere in layer normalization
+    # The variance is divided by N and not by N - 1, as everywhere in layer normalization.
     r = tl.rsqrt(tl.sum(centered * centered, 0) / N + eps)
     tl.store(mean + row, mu)
     tl.store(rstd + row, r)
@@ -49,7 +49,7 @@ def _backward_kernel(dy, x, weight, mean, rstd, dx, dw, db, rows, N, BLOCK: tl.c
     cols = tl.arange(0, BLOCK)
     inside = cols < N
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    # two running sums over this program's rows, one per parameter
+    # Two running sums over this program's rows, one per parameter.
     dw_sum = tl.zeros([BLOCK], tl.float32)
     db_sum = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
@@ -59,7 +59,7 @@ def _backward_kernel(dy, x, weight, mean, rstd, dx, dw, db, rows, N, BLOCK: tl.c
         dy_row = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dw_sum += dy_row * x_hat
         db_sum += dy_row
-        # dy is 0 past the row's end, and so is g: x̂ needs no mask of its own
+        # Past the row's end dy is 0, and so is g: x̂ needs no mask of its own.
         g = dy_row * w
         dx_row = (g - tl.sum(g, 0) / N - x_hat * (tl.sum(g * x_hat, 0) / N)) * r
         tl.store(dx + at, dx_row.to(dx.dtype.element_ty), mask=inside)

@@ -1,13 +1,12 @@
-"""RMSNorm, and the residual addition in front of it, forward and backward.
+"""RMSNorm, forward and backward.
 
-    rstd = 1 / sqrt(mean(x²) + eps)      x̂ = x rstd      y = x̂ w          (arXiv 1910.07467, eq. 4)
+    rstd = 1 / sqrt(mean(x²) + eps)      x̂ = x rstd      y = x̂ w       (arXiv 1910.07467, eq. 4)
 
     g = dy w        dx = rstd (g - x̂ mean(g x̂))           dw = sum over rows of dy x̂
 
-Nothing here computes much: a row of 4096 bf16 is read and written once, and the time is the bytes
-moved. Forward: one program per row, the row in registers, statistics in fp32, one rounding at the
-end. Fused with the addition x + residual, which the block would otherwise write and read again.
-Backward: a fixed number of programs share the rows; each keeps its own sum for dw in registers and
+Nothing here computes much, so the time is the bytes moved: a row is read and written once. Forward:
+one program per row, with the row in registers, statistics in fp32 and one rounding at the end.
+Backward: a fixed number of programs share the rows. Each keeps its own sum for dw in registers and
 writes it once, and the partial sums are added in a fixed order: no atomics, the same bits in every
 run.
 
@@ -34,29 +33,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * rstd * weight).to(x.dtype)
 
 
-def add_rms_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` written as its formula."""
-    total = x + residual
-    return rms_norm_reference(total, weight, eps), total
-
-
 @triton.jit
-def _forward_kernel(x, residual, weight, y, total, rstd, N, eps,
-                    ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(x, weight, y, rstd, N, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     # A block is a power of two; columns past N load as zeros and add nothing to the sums.
     cols = tl.arange(0, BLOCK)
     inside = cols < N
     x_row = tl.load(x + row * N + cols, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        x_row += tl.load(residual + row * N + cols, mask=inside, other=0.0).to(tl.float32)
-        # Normalize the sum as it is stored, rounded: the backward will read that one.
-        rounded = x_row.to(total.dtype.element_ty)
-        tl.store(total + row * N + cols, rounded, mask=inside)
-        x_row = rounded.to(tl.float32)
-    # rstd is kept for the backward: 4 bytes a row instead of a second reduction
+    # rstd is kept for the backward pass: 4 bytes a row instead of a second reduction.
     r = tl.rsqrt(tl.sum(x_row * x_row, 0) / N + eps)
     tl.store(rstd + row, r)
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
@@ -64,8 +48,7 @@ def _forward_kernel(x, residual, weight, y, total, rstd, N, eps,
 
 
 @triton.jit
-def _backward_kernel(dy, dtotal, x, weight, rstd, dx, dw, rows, N,
-                     ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(dy, x, weight, rstd, dx, dw, rows, N, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     inside = cols < N
@@ -75,14 +58,11 @@ def _backward_kernel(dy, dtotal, x, weight, rstd, dx, dw, rows, N,
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
         at = tl.cast(row, tl.int64) * N + cols
         x_hat = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
-        # dw belongs to the columns: summed over this program's rows, in registers
+        # dw belongs to the columns: it is summed over this program's rows, in registers.
         dy_row = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dw_sum += dy_row * x_hat
         g = dy_row * w
         dx_row = (g - x_hat * (tl.sum(g * x_hat, 0) / N)) * tl.load(rstd + row)
-        # The sum went two ways, into this norm and past it: its gradients add.
-        if ADD:
-            dx_row += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, dx_row.to(dx.dtype.element_ty), mask=inside)
     tl.store(dw + program.to(tl.int64) * N + cols, dw_sum, mask=inside)
 
@@ -94,75 +74,50 @@ def row_launch(N: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("kernels::rms_norm", mutates_args=())
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, x + residual (empty without a residual), rstd."""
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> y, rstd."""
     x = x.contiguous()
     N = x.shape[-1]
     rows = x.numel() // N
     y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    add = residual is not None
-    residual = residual.contiguous() if add else x
-    total = torch.empty_like(x) if add else x.new_empty(0)
-    _forward_kernel[(rows,)](x, residual, weight, y, total, rstd, N, eps, ADD=add, **row_launch(N))
-    return y, total, rstd
+    _forward_kernel[(rows,)](x, weight, y, rstd, N, eps, **row_launch(N))
+    return y, rstd
 
 
 @_forward.register_fake
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-      ) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
 @torch.library.custom_op("kernels::rms_norm_backward", mutates_args=())
-def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
-              ) -> tuple[Tensor, Tensor]:
-    """-> the gradient of x (and of the residual: the same), the gradient of weight."""
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the gradients of x and weight."""
     dy, x = dy.contiguous(), x.contiguous()
     N = x.shape[-1]
     rows = x.numel() // N
     programs = min(rows, PROGRAMS)
     dx, dw = torch.empty_like(x), x.new_empty(programs, N, dtype=torch.float32)
-    add = dtotal is not None
-    _backward_kernel[(programs,)](dy, dtotal.contiguous() if add else dy, x, weight, rstd, dx, dw,
-                                  rows, N, ADD=add, **row_launch(N))
-    # (programs, N) -> (N,): PyTorch's sum has a fixed order too
+    _backward_kernel[(programs,)](dy, x, weight, rstd, dx, dw, rows, N, **row_launch(N))
+    # (programs, N) -> (N,): PyTorch's sum has a fixed order, too.
     return dx, dw.sum(0).to(weight.dtype)
 
 
 @_backward.register_fake
-def _(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
-      ) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, _, rstd = torch.ops.kernels.rms_norm(x, None, weight, eps)
+        y, rstd = torch.ops.kernels.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = torch.ops.kernels.rms_norm_backward(dy, None, *ctx.saved_tensors)
+        dx, dw = torch.ops.kernels.rms_norm_backward(dy, *ctx.saved_tensors)
         return dx, dw, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-                ) -> tuple[Tensor, Tensor]:
-        y, total, rstd = torch.ops.kernels.rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight, rstd)
-        return y, total
-
-    @staticmethod
-    def backward(ctx, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = torch.ops.kernels.rms_norm_backward(dy, dtotal, *ctx.saved_tensors)
-        # x and residual enter as their sum: one gradient for both
-        return dx, dx, dw, None
 
 
 class _RMSNormTorch(torch.autograd.Function):
@@ -175,8 +130,8 @@ class _RMSNormTorch(torch.autograd.Function):
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         y = wide * rstd * weight
-        # No mul_, and no cast to the type it has: where such an alias is what is returned,
-        # torch.compile of PyTorch 2.11 gives the backward pass other saved tensors.
+        # There is no mul_ here, and no cast to the type y already has. Where such an alias of a
+        # tensor is returned, torch.compile of PyTorch 2.11 hands the backward pass wrong tensors.
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
@@ -184,7 +139,7 @@ class _RMSNormTorch(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         x_hat, dy = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype)
         dy_x_hat = dy * x_hat
-        # mean(g x̂) = (dy x̂) · w / N: a matrix-vector product instead of another pass
+        # mean(g x̂) = (dy x̂) · w / N, a matrix-vector product instead of another pass.
         mean = (dy_x_hat @ weight.to(rstd.dtype)).unsqueeze(-1).div_(x.shape[-1])
         dx = (dy * weight).addcmul_(x_hat, mean, value=-1).mul_(rstd)
         return dx.to(x.dtype), dy_x_hat.flatten(0, -2).sum(0).to(weight.dtype), None
@@ -202,21 +157,6 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNormTorch.apply(x, weight, eps)
 
 
-def add_rms_norm_torch(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in PyTorch with its own backward; differentiable once."""
-    total = x + residual
-    return _RMSNormTorch.apply(total, weight, eps), total
-
-
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` by the kernels above."""
     return _RMSNorm.apply(x, weight, eps)
-
-
-def add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` by the kernels above."""
-    return _AddRMSNorm.apply(x, residual, weight, eps)

@@ -26,7 +26,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         partner = turning.unflatten(-1, (R // 2, 2)).flip(-1).flatten(-2)
     else:
         partner = turning.roll(R // 2, -1)
-    # in fp32, rounded once
+    # The rotation is computed in fp32 and rounded once.
     turned = torch.addcmul(turning * cos, partner, sin).to(x.dtype)
     return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
 
@@ -35,7 +35,7 @@ def rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`rope` in PyTorch: x cos + partner(x) (∓sin), with the tables widened to R."""
-    # (T, 1, R): the same for every head
+    # The widened tables are (T, 1, R), the same for every head.
     join = (lambda *pair: torch.stack(pair, -1).flatten(-2)) if interleaved else (
         lambda *pair: torch.cat(pair, -1))
     cos, sin = join(cos, cos)[:, None], join(-sin, sin)[:, None]
@@ -57,7 +57,7 @@ def _turn_heads(x, y, cos, sin, HEADS: tl.constexpr, D: tl.constexpr, R: tl.cons
     b = tl.load(x + first + GAP, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + first, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
     tl.store(y + first + GAP, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
-    # what does not turn is copied, since the output is a new tensor
+    # What does not turn is copied, since the output is a new tensor.
     if R < D:
         rest = R + tl.arange(0, BLOCK_REST)[None, :]
         inside = (heads < HEADS) & (rest < D)
@@ -69,7 +69,7 @@ def _rope_kernel(q, k, q_out, k_out, cos, sin, T, H: tl.constexpr, K: tl.constex
                  D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr,
                  SIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
                  BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr):
-    # (B, T) flattened: the table repeats with every sequence
+    # One program for each of the B * T positions; the table begins anew with every sequence.
     position = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK_R)
     table = (position % T) * (R // 2) + pairs

@@ -26,7 +26,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit
 def _forward_kernel(gate, up, y, count, BLOCK: tl.constexpr):
-    # 64-bit positions: 48,000 tokens of 11,008 are already a quarter of what 32 bits can count
+    # Positions have 64 bits: 48,000 tokens of 11,008 are already a quarter of what 32 bits count.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("kernels::swiglu_backward", mutates_args=())
 def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-    # A buffer each: autograd may still hold gate and up for another backward
+    # Each gradient has a buffer of its own: autograd may hold gate and up for another backward.
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     grid = (triton.cdiv(dy.numel(), BLOCK),)
     _backward_kernel[grid](dy, gate, up, dgate, dup, dy.numel(), BLOCK=BLOCK, num_warps=8)

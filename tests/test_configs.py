@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from configs import Config, load
+from configs import Config, UserError, load
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -17,7 +17,7 @@ def write(tmp_path: Path, text: str) -> str:
 
 
 def refusal(argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError) as error:
         load(argv)
     return str(error.value)
 
@@ -25,15 +25,15 @@ def refusal(argv: list[str]) -> str:
 def test_file_then_command_line(tmp_path: Path) -> None:
     path = write(tmp_path, "import math\nhidden_size = 2 ** 7\nnum_attention_heads = 2\n_tmp = 1\n"
                            "sources = {'a': 'a.txt'}\nlearning_rate = 1\n")
-    config, flags = load([path, "--hidden_size=256", "--compile", "--name=x", "--verify",
+    config, flags = load([path, "--hidden_size=256", "--compile", "--name=x", "--watch",
                           "--min_learning_rate=0", "--source_weights={'a': 2}"],
-                         verify=False, show_step=-1)
+                         watch=False, step=-1)
     assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (256, 2, 128)
     assert config.num_key_value_heads == 2  # 0 = as many as the query heads
     assert config.learning_rate == 1.0 and type(config.learning_rate) is float
     assert config.compile is True and config.source_weights == {"a": 2}
     assert (config.name, config.data_dir, config.run_dir) == ("x", "data/x", "runs/x")
-    assert flags == {"verify": True, "show_step": -1}
+    assert flags == {"watch": True, "step": -1}
     assert json.loads(json.dumps(asdict(config))) == asdict(config)
 
 
@@ -71,6 +71,20 @@ def test_values_out_of_range(argument: str, words: str) -> None:
     assert words in refusal(["configs/amber_tiny.py", argument])
 
 
+def test_names_of_before_are_refused_with_the_new_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows_per_chunk = 4\nvalid_rows = 2\n")
+    text = refusal([path, "--rows=3", "--replay=1", "--make_up=false", "--on_bad_row=skip"])
+    for name in ("sequences_per_chunk", "valid_sequences", "sequences", "on_bad_line",
+                 "python audit.py CONFIG --replay=N", "skip_chunks"):
+        assert f"is gone; write {name}" in text
+    assert "must be one of 'stop', 'skip_step', found 'skip_chunk'" in refusal(
+        ["configs/amber_tiny.py", "--on_nonfinite=skip_chunk"])
+
+
+def test_a_model_config_alone_is_whole() -> None:
+    assert configs.ModelConfig(hidden_size=64, num_attention_heads=4).num_key_value_heads == 4
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "Cannot read the config file none.py: No such file" in refusal(["none.py"])
     assert "Is a directory" in refusal(["configs"])
@@ -105,5 +119,5 @@ def test_amber_7b_is_amber() -> None:
     assert (c.adam_beta1, c.adam_beta2, c.adam_eps, c.weight_decay, c.grad_clip) == (
         0.9, 0.95, 1e-8, 0.1, 1.0)
     assert c.global_batch_size == 2240 and c.tokens_per_step == 4_587_520
-    assert c.rows_per_chunk // c.global_batch_size == 762 and c.n_chunks == 360
+    assert c.sequences_per_chunk // c.global_batch_size == 762 and c.n_chunks == 360
     assert 360 * 762 * c.tokens_per_step == pytest.approx(1258.5e9, rel=1e-4)

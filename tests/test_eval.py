@@ -12,18 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_train import argv, damage, home, straight, words  # noqa: F401
+from helpers import sentences
+from test_train import argv, damage, home, straight  # noqa: F401
+from test_train import run as train_run
 
+import checkpoint as ckpt
 import eval as evaluation
+import memorize
 import prepare_data
 import train
-from configs import Config, load
+from configs import UserError, load
+from data import load_data
+from model import build_for_inference, continue_text
+from tools import compare, report
 
 # A window that the longest prompts of the tasks below exceed and the others do not.
 CONFIG = """
 hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = 32, 64, 2, 2
-vocab_size, seq_len, n_chunks, valid_rows, initializer_range = 400, 512, 1, 4, 0.2
-global_batch_size, micro_batch_size, eval_rows, sample_tokens = 2, 2, 4, 4
+vocab_size, seq_len, n_chunks, valid_sequences, initializer_range = 400, 512, 1, 4, 0.2
+global_batch_size, micro_batch_size, eval_sequences, sample_tokens = 2, 2, 4, 4
 dtype, threads, workers = "float32", 1, 1
 """
 
@@ -36,7 +43,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def write_tasks(root: Path) -> None:
     """Small files of every benchmark, in the data sets' own form, some rows awkward on purpose."""
     draw = random.Random(7)
-    text = words(1, 400).split()
+    text = sentences(1, 400).split()
     odd = ["naïve", "東京", "[header] x", "a  b", "é", "-", "[title] y"]
 
     def some(a: int, b: int) -> str:
@@ -91,7 +98,7 @@ def write_tasks(root: Path) -> None:
 def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config, its data, a run of one checkpoint, and all tasks."""
     folder = tmp_path_factory.mktemp("quiz")
-    write(folder / "text.jsonl", [{"text": words(i, 60)} for i in range(20)])
+    write(folder / "text.jsonl", [{"text": sentences(i, 60)} for i in range(20)])
     (folder / "quiz.py").write_text(CONFIG + "\n".join(
         f"{key} = {value!r}" for key, value in {
             "sources": {"text": str(folder / "text.jsonl")}, "data_dir": str(folder / "data"),
@@ -99,46 +106,6 @@ def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare_data.main([str(folder / "quiz.py")])
     train.main([str(folder / "quiz.py")])
     write_tasks(folder / "tasks")
-    return folder
-
-
-def hugging_face(folder: Path, config: Config, weights: dict[str, torch.Tensor]) -> Path:
-    """The model and its tokenizer as a directory that transformers reads."""
-    from safetensors.torch import save_file
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    ours = prepare_data.load_tokenizer(config.data_dir)
-    folder.mkdir()
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
-    keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-            " num_key_value_heads rms_norm_eps rope_theta tie_word_embeddings").split()
-    train.write_json(folder / "config.json", {
-        **{key: getattr(config, key) for key in keys}, "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": config.seq_len,
-        "bos_token_id": None, "eos_token_id": ours.eos_id, "torch_dtype": "float32"})
-    # byte-level BPE: bytes in the letters that GPT-2 writes them with, merges in order of rank
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letter = {b: chr(b) for b in plain} | {
-        b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(plain)))}
-    name = {piece: "".join(letter[b] for b in piece) for piece in ours.ranks}
-    merges = []
-    for piece, rank in ours.ranks.items():
-        parts = [bytes([b]) for b in piece]
-        while len(parts) > 2:
-            _, i = min((ours.ranks.get(a + b, rank), i)
-                       for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((name[parts[0]], name[parts[1]]))
-    theirs = Tokenizer(models.BPE({name[p]: i for p, i in ours.ranks.items()}, merges))
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(ours.pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([prepare_data.EOT])
-    theirs.save(str(folder / "tokenizer.json"))
-    train.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": prepare_data.EOT})
     return folder
 
 
@@ -172,7 +139,7 @@ def harness_task(name: str, root: Path) -> Any:
     config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {
         "data_files": files, "cache_dir": str(root / "cache")}}
     task = ConfigurableTask(config=config)
-    task.set_config("num_fewshot", evaluation.TASKS[name.split("/")[0]].shots)
+    task.set_config("num_fewshot", evaluation.TASKS[name.split("/")[0]].num_fewshot)
     task.set_fewshot_seed(1234)  # simple_evaluate's default
     return task
 
@@ -181,38 +148,38 @@ def harness_task(name: str, root: Path) -> Any:
 def measured(quiz: Path) -> list[dict[str, Any]]:
     """Our results of the run's checkpoint, in everything there is."""
     evaluation.main([str(quiz / "quiz.py"), "--tokens=2"])
-    return train.read_records(quiz / "run/eval.jsonl")
+    return ckpt.read_records(quiz / "run/eval.jsonl")
 
 
-def test_the_same_numbers_as_the_harness(quiz: Path, measured: list, tmp_path: Path) -> None:
-    for package in ("lm_eval", "transformers", "safetensors"):
+def test_the_same_numbers_as_the_harness(quiz: Path, measured: list) -> None:
+    for package in ("lm_eval", "transformers"):
         pytest.importorskip(package)
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     config, _ = load([str(quiz / "quiz.py")])
-    net = evaluation.build(config)
-    train.load_weights(net, quiz / "run/ckpt_000")
-    hub = hugging_face(tmp_path / "hub", config, net.state_dict())
+    data = load_data(config.data_dir)
+    net = build_for_inference(config)
+    ckpt.load_weights(net, quiz / "run/ckpt_000")
     tasks = {name: harness_task(name, quiz / "tasks") for name in HARNESS}
-    theirs = evaluate(HFLM(pretrained=str(hub), device="cpu", dtype="float32", batch_size=16),
-                      {t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
-    ours = {r["measure"]: r["result"] for r in measured}
-    assert {*ours} == {*HARNESS, *evaluation.OWN, "held-out"}
+    # The checkpoint directory is a Hugging Face model with its tokenizer: the harness opens it.
+    lm = HFLM(pretrained=str(quiz / "run/ckpt_000"), device="cpu", dtype="float32", batch_size=16)
+    theirs = evaluate(lm, {t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
+    ours = {r["evaluation"]: r["result"] for r in measured}
+    assert {*ours} == {*HARNESS, "continuation", "recall", "validation"}
     cut = 0
     for name, task in tasks.items():
-        entry, folder = evaluation.TASKS[name.split("/")[0]], quiz / "tasks" / HARNESS[name][1]
-        subject = name.partition("/")[2].replace("_", " ")
-        asked = evaluation.questions(config, entry, folder, subject)
+        entry = evaluation.TASKS[name.split("/")[0]]
+        asked = evaluation.build_questions(config, data, name)
         samples = sorted(theirs["samples"][task.config.task], key=lambda s: s["doc_id"])
         assert len(asked) == len(samples)
         # question by question, choice by choice, for every way of batching
         for batch in (3, 64):
             for mine, sample in zip(evaluation.log_likelihoods(
-                    net, [q.rows for q in asked], batch), samples):
+                    net, [q.requests for q in asked], batch), samples):
                 expected = [float(ll) for ll, _ in sample["filtered_resps"]]
                 np.testing.assert_allclose(mine, expected, rtol=2e-6, atol=2e-5)
-        cut += sum(len(ids) == config.seq_len + 1 for q in asked for ids, _ in q.rows)
+        cut += sum(len(ids) == config.seq_len + 1 for q in asked for ids, _ in q.requests)
         scores = theirs["results"][task.config.task]
         metrics = {"acc": "acc", entry.metric: entry.metric}
         metrics = {"mc2": "acc"} if entry.metric == "mc2" else metrics
@@ -239,24 +206,21 @@ def test_each_checkpoint_is_measured_once(home: Path, straight: Path, tmp_path: 
     (run / "eval.jsonl").write_text("\n".join(first[:3]) + '\n{"checkpoint": "ckpt_0')  # killed
     evaluation.main(argv(home, run))
     text = capsys.readouterr().out
-    results = train.read_records(run / "eval.jsonl")
-    names = [(r["checkpoint"], r["measure"]) for r in results]
-    assert len(names) == len(set(names)) == 9  # 3 checkpoints, held-out and our own two
-    assert text.count("held-out prose: loss") == 2 and "continuation: acc" in text
-    held = [r["result"] for r in results if r["measure"] == "held-out"]
-    last = train.read_records(straight / "metrics.jsonl")[-1]["valid"]["prose"]["loss"]
+    results = ckpt.read_records(run / "eval.jsonl")
+    names = [(r["checkpoint"], r["evaluation"]) for r in results]
+    assert len(names) == len(set(names)) == 9  # 3 checkpoints, validation and our own two
+    assert text.count("validation prose: loss") == 2 and "continuation: acc" in text
+    held = [r["result"] for r in results if r["evaluation"] == "validation"]
+    last = ckpt.read_records(straight / "metrics.jsonl")[-1]["valid"]["prose"]["loss"]
     assert any(r["prose"]["loss"] == pytest.approx(last, rel=1e-5) for r in held)
-    with pytest.raises(SystemExit, match="There is no checkpoint .*ckpt_007; .* has: ckpt_000"):
+    with pytest.raises(UserError, match="There is no checkpoint .*ckpt_007; .* has: ckpt_000"):
         evaluation.main(argv(home, run, checkpoints=7))
-    damage(run / "ckpt_001/model/__0_0.distcp", "flipped")
+    damage(run / "ckpt_001/model.safetensors", "flipped")
     (run / "eval.jsonl").unlink()
-    shutil.copytree(run / "ckpt_000", run / "ckpt_005")
-    (run / "ckpt_005/manifest.json").unlink()
     evaluation.main(argv(home, run))
     text = capsys.readouterr().out
-    assert "ckpt_001: model/__0_0.distcp is damaged" in text
-    assert "ckpt_005: it is half-written" in text
-    assert len(train.read_records(run / "eval.jsonl")) == 6
+    assert "ckpt_001: model.safetensors is damaged" in text
+    assert len(ckpt.read_records(run / "eval.jsonl")) == 6
 
 
 # ---- scores
@@ -272,8 +236,8 @@ def by_hand(net: Any, ids: list[int], n: int) -> float:
 @pytest.fixture(scope="module")
 def net(home: Path, straight: Path) -> Any:  # noqa: F811
     config, _ = load(argv(home, straight))
-    net = evaluation.build(config)
-    train.load_weights(net, straight / "ckpt_002")
+    net = build_for_inference(config)
+    ckpt.load_weights(net, straight / "ckpt_002")
     return net
 
 
@@ -281,7 +245,8 @@ def net(home: Path, straight: Path) -> Any:  # noqa: F811
 @pytest.mark.parametrize("spared", [0.0, 0.1, 9.0])
 def test_sharing_changes_no_score(net: Any, batch: int, spared: float,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "MIN_SPARED", spared)
+    monkeypatch.setattr(evaluation, "MIN_SHARED", spared)
+    monkeypatch.setattr(net.config, "logit_scale", 3.0)  # as Crystal has one
     draw = np.random.default_rng(0)
     ids = lambda n: draw.integers(300, size=n).astype(np.int32)  # noqa: E731
     common, asked = ids(5), []
@@ -290,9 +255,9 @@ def test_sharing_changes_no_score(net: Any, batch: int, spared: float,
         word = ids(2)  # choices that begin alike share more than their context
         choices = [np.append(word[: kind % 3], ids(1 + k * (kind % 2)))
                    for k in range(1 + kind % 4)]
-        asked.append([(np.append(context, c), len(c)) for c in choices])
-    for rows, found in zip(asked, evaluation.log_likelihoods(net, asked, batch)):
-        expected = [by_hand(net, row.tolist(), n) for row, n in rows]
+        asked.append([evaluation.Request(np.append(context, c), len(c)) for c in choices])
+    for requests, found in zip(asked, evaluation.log_likelihoods(net, asked, batch)):
+        expected = [by_hand(net, r.ids.tolist(), r.n) for r in requests]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -311,65 +276,67 @@ def test_windows_score_every_token_once_with_all_the_context_there_is(length: in
 
 def test_text_of_a_file(home: Path, straight: Path, net: Any, tmp_path: Path,  # noqa: F811
                         capsys: pytest.CaptureFixture) -> None:
-    file, text = tmp_path / "some text.txt", words(5, 6) + " é 東"
+    file, text = tmp_path / "some text.txt", sentences(5, 6) + " é 東"
+    data, window = load_data(net.config.data_dir), net.config.seq_len
     file.write_text(text, encoding="utf-8")
-    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
-    ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
-    nats, window = 0.0, net.config.seq_len
+    ids = [data.tokenizer.eos_id, *data.tokenizer.encode(text).tolist()]
+    nats = 0.0
     for i in range(1, len(ids)):  # stride 1: each token after a whole window
         nats -= by_hand(net, ids[max(0, i - window) : i + 1], 1)
     for batch in (1, 7):
-        found = evaluation.measure_text(net.config, [text], 1, batch, net)
+        found = evaluation.measure_text(net, data, [text], 1, window, batch)
         assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-        assert found["perplexity"] == pytest.approx(np.exp(nats / (len(ids) - 1)), rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()))
         assert found["tokens"] == len(ids) - 1
     run = shutil.copytree(straight, tmp_path / "run")
     evaluation.main(argv(home, run, text=file, checkpoints="0,2"))
     assert "some text.txt: loss" in capsys.readouterr().out
-    assert len(train.read_records(run / "eval.jsonl")) == 2
+    assert len(ckpt.read_records(run / "eval.jsonl")) == 2
     for content, words_of_it in ((b"", "no text"), (b"a\0b", "no text")):
         file.write_bytes(content)
-        with pytest.raises(SystemExit, match=words_of_it):
+        with pytest.raises(UserError, match=words_of_it):
             evaluation.main(argv(home, run, text=file))
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(FileNotFoundError):  # of which configs.run_command makes a sentence
         evaluation.main(argv(home, run, text=tmp_path / "none.txt"))
-    with pytest.raises(SystemExit, match="stride=99 is more than the window, 32"):
+    with pytest.raises(UserError, match="stride=99 is more than the window, 32"):
         evaluation.main(argv(home, run, text=file, stride=99))
 
 
-def test_own_questions_are_what_they_say(quiz: Path) -> None:
-    config, _ = load([str(quiz / "quiz.py")])
-    manifest = prepare_data.load_manifest(config.data_dir)
-    rows = prepare_data.open_valid(config.data_dir, manifest, "text")["token_ids"].astype(int)
-    for i, q in enumerate(evaluation.own_questions(config, manifest, "continuation")):
-        right = q.rows[int(q.right.argmax())][0]
-        assert right.tolist() == rows[i, :64].tolist() and q.right.argmax() == i % 4
-        assert sum(row.tolist() == right.tolist() for row, _ in q.rows) == 1
-    for i, q in enumerate(evaluation.own_questions(config, manifest, "recall")):
-        right = q.rows[int(q.right.argmax())][0]
-        assert right.tolist() == [*rows[i, :64], *rows[i, :16]] and q.rows[0][1] == 8
+def test_synthetic_questions_are_what_they_say(quiz: Path) -> None:
+    data = load_data(load([str(quiz / "quiz.py")])[0].data_dir)
+    ids = data.validation("text")["token_ids"].astype(int)
+    for i, q in enumerate(evaluation.synthetic_questions(data, "continuation")):
+        right = q.requests[int(q.gold.argmax())].ids
+        assert right.tolist() == ids[i, :64].tolist() and q.gold.argmax() == i % 4
+        assert sum(request.ids.tolist() == right.tolist() for request in q.requests) == 1
+    for i, q in enumerate(evaluation.synthetic_questions(data, "recall")):
+        right = q.requests[int(q.gold.argmax())].ids
+        assert right.tolist() == [*ids[i, :64], *ids[i, :16]] and q.requests[0].n == 8
 
 
 def test_parquet_is_read_as_jsonl_is(quiz: Path, tmp_path: Path) -> None:
     pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    config, task = load([str(quiz / "quiz.py")])[0], evaluation.TASKS["openbookqa"]
-    folder = quiz / "tasks/openbookqa"
-    docs = evaluation.read_split([folder / "test.jsonl"])
-    pq.write_table(pa.Table.from_pylist(docs), tmp_path / "test-00000-of-00001.parquet")
-    for a, b in zip(evaluation.questions(config, task, folder, ""),
-                    evaluation.questions(config, task, tmp_path, "")):
-        assert all(np.array_equal(x, y) for (x, _), (y, _) in zip(a.rows, b.rows))
+    config = load([str(quiz / "quiz.py")])[0]
+    data, other = load_data(config.data_dir), load([
+        str(quiz / "quiz.py"), f"--task_dir={tmp_path}"])[0]
+    docs = evaluation.read_docs([quiz / "tasks/openbookqa/test.jsonl"])
+    (tmp_path / "openbookqa").mkdir()
+    pq.write_table(pa.Table.from_pylist(docs),
+                   tmp_path / "openbookqa/test-00000-of-00001.parquet")
+    for a, b in zip(evaluation.build_questions(config, data, "openbookqa"),
+                    evaluation.build_questions(other, data, "openbookqa")):
+        assert all(np.array_equal(x, y) for (x, _), (y, _) in zip(a.requests, b.requests))
 
 
 @pytest.mark.parametrize("task, file, content, sentence", [
     ("piqa", "piqa/validation.jsonl", None, r"piqa has no validation.jsonl and no validation"
      r"\*.parquet: .* huggingface.co/datasets/baber/piqa"),
-    ("piqa", "piqa/validation.jsonl", "", "has no rows"),
-    ("piqa", "piqa/validation.jsonl", '{"goal": "x"}\n', "after 0 questions: a row is not in the"
+    ("piqa", "piqa/validation.jsonl", "", "has 0 questions"),
+    ("piqa", "piqa/validation.jsonl", '{"goal": "x"}\n', "after 0 questions: an entry is not in the"
      " form of huggingface.co/datasets/baber/piqa"),
     ("piqa", "piqa/validation.jsonl", '{"goal": ', "cannot be read"),
-    ("mmlu", "mmlu/abstract_algebra/dev.jsonl", '{"a": 1}\n', "1 rows in dev: too few"),
+    ("mmlu", "mmlu/abstract_algebra/dev.jsonl", '{"a": 1}\n',
+     "14 questions, and 1 entries to draw 5 examples from: too few"),
 ])
 def test_files_that_are_not_as_they_should_be(quiz: Path, tmp_path: Path, task: str, file: str,
                                               content: str | None, sentence: str) -> None:
@@ -377,7 +344,7 @@ def test_files_that_are_not_as_they_should_be(quiz: Path, tmp_path: Path, task: 
     (tasks / file).unlink()
     if content is not None:
         (tasks / file).write_text(content)
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         evaluation.main([str(quiz / "quiz.py"), f"--tasks={task}", f"--task_dir={tasks}"])
 
 
@@ -386,13 +353,13 @@ def test_wrong_names_and_sizes(quiz: Path, tmp_path: Path) -> None:
     for setting, sentence in (
             ("--tasks=hellaswag,mmmlu", "there is no 'mmmlu'; there are continuation, recall, arc"),
             ("--vocab_size=300", "has 400 token ids, the model of this config 300"),
-            ("--vocab_size=500", "has vocab_size = 400, this config 500"),
+            ("--vocab_size=500", "vocab_size is 400 there, 500 here"),
             ("--batch=0", "--batch 1 or more"),
             ("--published=none.csv", "none.csv' cannot be read"),
             (f"--run_dir={tmp_path}/none", "has no checkpoint yet")):
-        with pytest.raises(SystemExit, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             evaluation.main([config, "--tokens=1", setting])
-    with pytest.raises(SystemExit, match="mmlu/abstract_algebra has no test.jsonl"):
+    with pytest.raises(UserError, match="mmlu/abstract_algebra has no test.jsonl"):
         evaluation.main([config, "--tasks=mmlu", f"--task_dir={tmp_path}"])
 
 
@@ -409,10 +376,10 @@ def test_processes_share_the_work(home: Path, straight: Path, tmp_path: Path) ->
          *argv(home, together, checkpoints="0,2")], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(evaluation.__file__).parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out prose: loss") == 1
-    a, b = ({json.dumps(r["of"]): r["result"] for r in train.read_records(p / "eval.jsonl")}
+    assert done.stdout.count("validation prose: loss") == 1
+    a, b = ({json.dumps(r["of"]): r["result"] for r in ckpt.read_records(p / "eval.jsonl")}
             for p in (alone, together))
-    assert a == b and len(train.read_records(together / "eval.jsonl")) == len(a)
+    assert a == b and len(ckpt.read_records(together / "eval.jsonl")) == len(a)
 
 
 def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
@@ -422,12 +389,12 @@ def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa
 
     def sleep(_: float) -> None:  # the run saves a checkpoint between two looks
         shutil.copytree(straight / waiting[0], run / waiting[0])
-        seen.append(len(train.read_records(run / "eval.jsonl")))
+        seen.append(len(ckpt.read_records(run / "eval.jsonl")))
         waiting.pop(0)
 
     monkeypatch.setattr(evaluation.time, "sleep", sleep)
     evaluation.main(argv(home, run, watch=True))
-    assert seen == [0, 3, 6] and len(train.read_records(run / "eval.jsonl")) == 9
+    assert seen == [0, 3, 6] and len(ckpt.read_records(run / "eval.jsonl")) == 9
     evaluation.main(argv(home, run, watch=True))  # over: nothing to wait for
 
     def stop(*_: Any) -> None:
@@ -435,43 +402,80 @@ def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa
 
     monkeypatch.setattr(evaluation.time, "sleep", stop)
     shutil.rmtree(run / "ckpt_002")
-    with pytest.raises(SystemExit, match="Stopped. What was measured is in"):
+    with pytest.raises(KeyboardInterrupt):
         evaluation.main(argv(home, run, watch=True))
 
 
-# ---- what is printed
+# ---- what is printed, and drawn
 
 
-def test_compare(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
-                 capsys: pytest.CaptureFixture) -> None:
+def test_compare(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     paths = []
     for rate in ("1e-2", "1e-3"):
         for seed in (1, 2):
             paths.append(str(tmp_path / f"rate_{rate}_{seed}"))
             train.main(argv(home, paths[-1], learning_rate=rate, seed=seed, max_steps=8))
     capsys.readouterr()
-    evaluation.main(["--compare", *paths])
+    compare.main(paths)
     text = capsys.readouterr().out
     assert "learning_rate" in text and "hidden_size" not in text and "run_dir" not in text
     assert "rate_1e-2_1  rate_1e-2_2  rate_1e-3_1" in text
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("learning_rate ")]
     assert len(rows[0]) == 5 and [row[1:3] for row in rows[1:]] == [["0.01", "2"], ["0.001", "2"]]
-    losses = [train.read_records(Path(p) / "metrics.jsonl")[-1]["valid"] for p in paths[:2]]
+    losses = [ckpt.read_records(Path(p) / "metrics.jsonl")[-1]["valid"] for p in paths[:2]]
     both = [np.mean([v["loss"] for v in valid.values()]) for valid in losses]
     assert f"{np.mean(both):.3f} ± {np.std(both, ddof=1):.3f}" in text
-    assert "training loss" in text and "FLOPs" in text
-    with pytest.raises(SystemExit, match="two or more"):
-        evaluation.main(["--compare", paths[0]])
-    with pytest.raises(SystemExit, match="nowhere is not the directory of a run"):
-        evaluation.main(["--compare", paths[0], str(tmp_path / "nowhere")])
+    assert "validation loss" in text and "FLOPs" in text
+    with pytest.raises(UserError, match="two or more"):
+        compare.main([paths[0]])
+    with pytest.raises(UserError, match="nowhere is not the directory of a run"):
+        compare.main([paths[0], str(tmp_path / "nowhere")])
+
+
+def test_pictures_of_a_run(quiz: Path, measured: list, tmp_path: Path,
+                           monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, text, tasks = report.curve_panels(quiz / "run")
+    steps = ckpt.read_records(quiz / "run/metrics.jsonl")
+    assert loss.curves == {"text": [
+        (r["tokens"], r["loss_by_source"]["text"]) for r in steps]}
+    entry = evaluation.by_checkpoint(measured)[0]
+    assert text.curves == {"validation text": [
+        (entry["tokens"], entry["text"]["validation text"]["bits_per_byte"])]}
+    assert tasks.curves["piqa"] == [(entry["tokens"], entry["tasks"]["piqa"]["acc_norm"])]
+    assert report.smooth([(x, 2 * x) for x in range(86)])[:2] == [(0.5, 1.0), (2.5, 5.0)]
+    with pytest.raises(UserError, match="is not the directory of a run"):
+        report.main([str(tmp_path)])
+    pytest.importorskip("matplotlib")
+    report.main([str(quiz / "run")])
+    assert (quiz / "run/curves.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        report.main([str(quiz / "run")])
+
+
+def test_a_run_is_drawn_with_those_it_goes_on_from(
+        home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = shutil.copytree(straight, tmp_path / "first")
+    second = train_run(home, tmp_path / "second", init_from=first / "ckpt_002", max_steps=6)
+    runs = report.parent_runs(second)
+    assert runs == [(first, 0), (second, 18 * 8 * 32)]
+    for directory in (first, second):
+        evaluation.main(argv(home, directory, tasks="recall", checkpoints="0"))
+    prose = next(panel for panel in report.stage_panels(runs) if panel.title == "prose")
+    assert [x for points in prose.curves.values() for x, _ in points] == [1536, 4608 + 1536]
+    pytest.importorskip("matplotlib")
+    memorize.main(argv(home, second, k=8, l=8))
+    report.main([str(second)])
+    assert {path.name for path in second.glob("*.png")} == {
+        "curves.png", "stages.png", "memorization.png"}
 
 
 def test_a_prompt_is_continued_as_it_is_generated(
         home: Path, straight: Path, net: Any, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    tokenizer = load_data(net.config.data_dir).tokenizer
     evaluation.main(argv(home, straight, prompt="an é", tokens=30, temperature=0.0))
-    assert capsys.readouterr().out == train.continue_text(net.config, net, "an é", 30) + "\n"
+    assert capsys.readouterr().out == continue_text(net, tokenizer, "an é", 30) + "\n"
     pieces = "né東".encode()  # half a character is held back until it is whole
-    tokenizer = prepare_data.load_tokenizer(net.config.data_dir)
     ids = [next(i for i, p in tokenizer.pieces.items() if p == bytes([b])) for b in pieces]
 
     class Parrot:
@@ -481,22 +485,21 @@ def test_a_prompt_is_continued_as_it_is_generated(
                 said.append(capsys.readouterr().out)
 
     said: list[str] = []
-    evaluation.speak(net.config, Parrot(), {"prompt": "a", "tokens": 6, "temperature": 0.0})
+    evaluation.stream_completion(Parrot(), tokenizer, "a", 6, 0.0)
     assert said == ["an", "", "é", "", "", "東"]
 
 
-def test_published_curves_lie_beside_ours(quiz: Path, measured: list, tmp_path: Path,
+def test_published_scores_lie_beside_ours(quiz: Path, measured: list, tmp_path: Path,
                                           capsys: pytest.CaptureFixture) -> None:
-    rows = evaluation.by_checkpoint(measured)
+    entries = evaluation.by_checkpoint(measured)
     file = tmp_path / "theirs.csv"
     file.write_text("# source\ntokens,piqa,mmlu_macro,other\n10,0.25,,1\n20000,0.75,0.5,1\n"
                     "9e9,1,1,1\n")
-    assert evaluation.published(str(file), rows) == {
+    assert evaluation.published_scores(str(file), entries) == {
         "mmlu_macro": [(20000.0, 0.5)], "piqa": [(10.0, 0.25), (20000.0, 0.75)]}
     evaluation.main([str(quiz / "quiz.py"), f"--published={file}", "--tokens=1"])
-    text = capsys.readouterr().out
-    assert "published at these tokens 0.750" in text and "piqa, published 0.750" in text
-    rows = [{"tokens": 1.3e12, "tasks": evaluation.TASKS | {"mmlu_macro": 0}}]
-    theirs = evaluation.published(load(["configs/amber_7b.py"])[0].published, rows)
+    assert "published at these tokens 0.750" in capsys.readouterr().out
+    entries = [{"tokens": 1.3e12, "tasks": evaluation.TASKS | {"mmlu_macro": 0}}]
+    theirs = evaluation.published_scores(load(["configs/amber_7b.py"])[0].published, entries)
     assert theirs["hellaswag"][0] == (3495690240.0, 0.2483) and len(theirs["hellaswag"]) == 356
     assert theirs["mmlu_macro"][-1][1] == pytest.approx(0.2853)  # ckpt_355 on the model's card

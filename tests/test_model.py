@@ -1,18 +1,24 @@
-"""The network against transformers' LLaMA, its counts, and generation with a cache."""
+"""The network against transformers' LLaMA, its counts, its initial weights, and generation."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import tempfile
 
+import numpy as np
 import pytest
 import torch
+from launch import ranks
 
 import kernels
-from configs import ModelConfig, load
-from model import LLaMA, load_hugging_face, sample
+from configs import Config, ModelConfig, UserError, load
+from model import (
+    KVCache,
+    LLaMA,
+    build_for_inference,
+    choose_device,
+    choose_kernels,
+    continue_text,
+    copy_into_shard,
+    sample,
+)
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -46,10 +52,11 @@ def test_same_logits_loss_and_greedy_text_as_transformers(changes: dict) -> None
     x = ids(2, 33)
     expected = theirs(input_ids=x[:, :-1]).logits
     torch.testing.assert_close(ours(x[:, :-1]), expected, rtol=1e-4, atol=1e-5)
-    loss, each = ours(x[:, :-1], x[:, 1:])
+    assert torch.equal(ours(x[:, :-1], logits_to_keep=5), ours(x[:, :-1])[:, -5:])
+    loss, token_losses = ours(x[:, :-1], x[:, 1:])
     flat = torch.nn.functional.cross_entropy(expected.flatten(0, 1), x[:, 1:].flatten(),
                                              reduction="none")
-    torch.testing.assert_close(each.flatten(), flat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(token_losses.flatten(), flat, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, flat.mean(), rtol=1e-5, atol=1e-6)
     text = ours.generate(x[:, :8].tolist(), 20)
     generated = theirs.generate(x[:, :8], max_new_tokens=20, do_sample=False, use_cache=True)
@@ -140,17 +147,28 @@ def test_initial_weights_do_not_depend_on_order_or_neighbours() -> None:
     assert a.model.norm.weight.eq(1).all()
 
 
-def fill_a_shard(hub: str) -> None:
-    """One of two processes: its part of a sharded model has its rows of the whole one's weights."""
+def fill_a_shard() -> None:
+    """One of two processes: its part of a sharded model has its part of the whole one's weights."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     dist.init_process_group("gloo")
-    whole, sharded = LLaMA(ModelConfig(**SMALL)), LLaMA(ModelConfig(**SMALL))
+    # A vocabulary of 97 among two processes: their parts have unequal sizes.
+    c = ModelConfig(**{**SMALL, **CRYSTAL})
+    whole, sharded = LLaMA(c), LLaMA(c)
     for block in sharded.model.layers:
         fully_shard(block)
     fully_shard(sharded)
-    for give_weights in (lambda net: net.init_weights(7),
-                         lambda net: load_hugging_face(net, Path(hub))):
+    state = small(**CRYSTAL).state_dict()
+
+    def from_mapped_files(net: LLaMA) -> None:
+        for name, parameter in net.state_dict().items():
+            with tempfile.NamedTemporaryFile() as file:
+                np.save(file, state[name].numpy())
+                file.flush()
+                values = np.load(file.name, mmap_mode="c")
+                copy_into_shard(parameter, torch.from_numpy(values))
+
+    for give_weights in (lambda net: net.init_weights(7), from_mapped_files):
         for rank in range(2):  # in turn: what needed the other process would never return
             if rank == dist.get_rank():
                 give_weights(whole)
@@ -161,36 +179,25 @@ def fill_a_shard(hub: str) -> None:
             assert len(q.to_local()) < len(p)
             assert torch.equal(q.to_local(), p[begin : begin + len(q.to_local())])
             assert torch.equal(q.full_tensor(), p)
+    assert all(torch.equal(p, state[name]) for name, p in whole.state_dict().items())
     dist.destroy_process_group()
     print("equal")
 
 
-def test_a_sharded_model_is_filled_without_communication(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parent
-    command = "import sys, test_model; test_model.fill_a_shard(sys.argv[1])"
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                           "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    ranks = [subprocess.Popen([sys.executable, "-c", command, str(tmp_path)], text=True,
-                              env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT) for rank in range(2)]
-    for process in ranks:
+def test_a_sharded_model_is_filled_without_communication() -> None:
+    for process in ranks(2, "tests/test_model.py", OMP_NUM_THREADS=1):
         text, _ = process.communicate(timeout=90)
         assert process.returncode == 0 and "equal" in text, text
 
 
 @pytest.mark.parametrize("changes", [{}, CRYSTAL], ids=["amber", "crystal"])
-def test_a_frozen_model_computes_the_same_bits_in_less_memory(changes: dict) -> None:
+def test_a_model_cast_for_inference_computes_the_same_bits_in_less_memory(changes: dict) -> None:
     weights = small(**changes).state_dict()
     with torch.device("meta"):
         nets = [LLaMA(ModelConfig(**{**SMALL, **changes}), torch.bfloat16) for _ in "ab"]
-    nets[1].freeze()
+    nets[1].cast_for_inference()
     for net in nets:
-        net.allocate(torch.device("cpu")).load_state_dict(weights)
+        net.materialize(torch.device("cpu")).load_state_dict(weights)
     a, b = ids(2, 9), ids(2, 9, seed=1)
     with torch.no_grad():
         assert torch.equal(nets[0](a), nets[1](a))
@@ -199,39 +206,101 @@ def test_a_frozen_model_computes_the_same_bits_in_less_memory(changes: dict) -> 
     assert size[1] < 0.6 * size[0] and not any(p.requires_grad for p in nets[1].parameters())
 
 
-def test_cached_generation_equals_full_recomputation_for_ragged_prompts() -> None:
+def test_cached_generation_equals_full_recomputation() -> None:
     net = small()
-    prompts = [ids(n, seed=n).tolist() for n in (1, 7, 4)]
-    got = net.generate(prompts, 12)
-    for prompt, text in zip(prompts, got):
-        sequence = list(prompt)
-        for _ in range(12):
-            sequence.append(int(net(torch.tensor([sequence]))[0, -1].argmax()))
-        assert text == sequence[len(prompt):]
+    for n, batch in ((1, 2), (7, 1), (4, 3)):
+        prompts = ids(batch, n, seed=n).tolist()
+        for prompt, continuation in zip(prompts, net.generate(prompts, 12)):
+            sequence = list(prompt)
+            for _ in range(12):
+                sequence.append(int(net(torch.tensor([sequence]))[0, -1].argmax()))
+            assert continuation == sequence[n:]
 
 
-def test_generation_stops_at_eos_and_keeps_the_random_state() -> None:
+def test_a_window_of_the_cache_is_a_cache_of_its_sequences() -> None:
+    net, x = small(), ids(3, 8)
+    whole = net(x)
+    cache = KVCache(net, 3, 8)
+    net(x[:, :5], cache=cache)
+    last = net(x[1:, 5:], cache=cache.window(1, 5))
+    torch.testing.assert_close(last, whole[1:, 5:], rtol=1e-4, atol=1e-5)
+    # The first sequences alone may go on, too, and the window has left them as they were.
+    torch.testing.assert_close(net(x[:1, 5:], cache=cache), whole[:1, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_continuation_ends_at_eos_and_the_random_state_is_kept() -> None:
     net, prompt = small(), ids(4).tolist()
     free = net.generate([prompt], 12)[0]
     eos = free[5]
     state = torch.get_rng_state()
-    text = net.generate([prompt, prompt[:2]], 12, eos_id=eos)
-    assert text[0] == free[: free.index(eos) + 1]
-    drawn = net.generate([prompt], 12, temperature=1.0, top_k=20, top_p=0.9, seed=3)
-    assert drawn == net.generate([prompt], 12, temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    assert net.generate([prompt], 12, eos_id=eos) == [free[: free.index(eos) + 1]]
+    drawn = net.generate([prompt], 12, temperature=1.0, top_p=0.9, seed=3)
+    assert drawn == net.generate([prompt], 12, temperature=1.0, top_p=0.9, seed=3)
+    assert drawn != net.generate([prompt], 12, temperature=1.0, top_p=0.9, seed=4)
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Letters:
+    """A tokenizer of the letters a ... z, and the end of a document."""
+
+    eos_id = 26
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([ord(letter) - ord("a") for letter in text], dtype=np.uint32)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join("." if i == self.eos_id else chr(ord("a") + i) for i in ids)
+
+
+def test_text_goes_on_and_an_empty_prompt_begins_a_document() -> None:
+    net, tokenizer = small(vocab_size=27), Letters()
+    text = continue_text(net, tokenizer, "abc", 6)
+    assert text == "abc" + tokenizer.decode(net.generate([[0, 1, 2]], 6)[0])
+    assert continue_text(net, tokenizer, "", 6).startswith(".")
+    assert len(continue_text(net, tokenizer, "", 6, temperature=1.0)) == 7
 
 
 def test_sampling_draws_from_the_kept_tokens_in_proportion() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
-    def shares(**how: float) -> list[float]:
-        rows = sample(logits.expand(20_000, 4), random=random, **how)
-        return (torch.bincount(rows, minlength=4) / 20_000).tolist()
+    def shares(temperature: float, top_p: float) -> list[float]:
+        tokens = sample(logits.expand(20_000, 4), temperature, top_p, generator)
+        return (torch.bincount(tokens, minlength=4) / 20_000).tolist()
 
-    for top_k, top_p, expected in ((0, 1.0, [.5, .3, .15, .05]), (2, 1.0, [.625, .375, 0, 0]),
-                                   (0, 0.7, [.625, .375, 0, 0])):
-        drawn = shares(temperature=1.0, top_k=top_k, top_p=top_p)
-        assert drawn == pytest.approx(expected, abs=0.015)
-    assert shares(temperature=0, top_k=0, top_p=1.0) == [1, 0, 0, 0]
+    for top_p, expected in ((1.0, [.5, .3, .15, .05]), (0.7, [.625, .375, 0, 0])):
+        assert shares(1.0, top_p) == pytest.approx(expected, abs=0.015)
+    squares = [.25 / .365, .09 / .365, .0225 / .365, .0025 / .365]
+    assert shares(0.5, 1.0) == pytest.approx(squares, abs=0.015)
+    assert shares(0, 1.0) == [1, 0, 0, 0]
+
+
+def test_the_device_and_the_kernels_are_chosen_or_refused_in_a_sentence(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    device, dtype = choose_device(Config(device="cpu", dtype="bfloat16", threads=threads))
+    assert (device.type, dtype, torch.get_num_threads()) == ("cpu", torch.bfloat16, threads)
+    assert choose_device(Config(device="cpu"))[1] in (torch.bfloat16, torch.float32)
+    with pytest.raises(UserError, match="device = 'cuda:99' cannot be used here"):
+        choose_device(Config(device="cuda:99"))
+    with pytest.raises(UserError, match="device = 'tpu' cannot be used here"):
+        choose_device(Config(device="tpu"))
+    assert choose_kernels("torch") == "torch"
+    monkeypatch.setattr(kernels._lang, "INSTALLED", False)
+    with pytest.raises(UserError, match="needs Triton: pip install triton"):
+        choose_kernels("triton")
+    assert choose_kernels("auto") == "torch"
+
+
+def test_a_model_built_for_inference_waits_for_its_weights() -> None:
+    c = Config(**SMALL, device="cpu", dtype="bfloat16", tie_word_embeddings=True)
+    net = build_for_inference(c)
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    assert {str(p.device) for p in net.parameters()} == {"cpu"}
+    assert net.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    net.load_state_dict(small(tie_word_embeddings=True).state_dict())
+    assert net(ids(1, 4)).dtype == torch.bfloat16 and not net(ids(1, 4)).requires_grad
+
+
+if __name__ == "__main__":
+    fill_a_shard()

@@ -1,4 +1,4 @@
-"""The README's runnable commands run, and its line counts are right.
+"""The runnable commands of README and docs run, and README's line counts are right.
 
     python tests/test_readme.py        # writes the right counts into README.md
 """
@@ -14,9 +14,16 @@ ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\| `([\w/.]+\.py)` \| (\d+) \|", re.MULTILINE)
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def commands() -> list[str]:
-    blocks = re.findall(r"^```sh test\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    return "".join(blocks).splitlines()
+    """The lines of the blocks that are marked ```sh test, README's first."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh test\n(.*?)^```", page.read_text(), re.M | re.S):
+            found += [line for line in block.splitlines() if line not in found]
+    return found
 
 
 def lines(name: str) -> int:
@@ -32,12 +39,12 @@ def test_line_counts() -> None:
 def test_commands(tmp_path: Path) -> None:
     """Verbatim, one after the other, in a fresh copy whose tiny config is made tinier."""
     assert len(commands()) >= 8
-    for name in ("configs", "kernels"):
+    for name in ("configs", "kernels", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     with open(tmp_path / "configs/amber_tiny.py", "a") as f:
-        f.write("n_chunks, rows_per_chunk, valid_rows, sample_tokens = 2, 32, 4, 4\n")
+        f.write("n_chunks, sequences_per_chunk, valid_sequences, sample_tokens = 2, 32, 4, 4\n")
     for command in commands():
         words = shlex.split(command, comments=True)
         assert words[0] == "python"
@@ -46,9 +53,16 @@ def test_commands(tmp_path: Path) -> None:
         assert process.returncode == 0 and text.strip(), f"{command}\n{text}"
 
 
-def test_no_command_is_left_unmarked() -> None:
-    """Every stage the README names exists, and every config."""
+def test_readme_can_be_read_in_a_sitting() -> None:
     text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1900
+
+
+def test_what_is_named_is_there() -> None:
+    """Every stage, tool and config that a page names, and every page that it leads to."""
+    text = "".join(page.read_text() for page in PAGES)
+    for link in re.findall(r"\]\((docs/[\w./]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
     for name in set(re.findall(r"(?:python|torchrun) ([\w/]+\.py)|(configs/\w+\.py)", text)):
         assert (ROOT / (name[0] or name[1])).exists(), name
 

@@ -1,12 +1,14 @@
-"""Training speed on a CPU beside other code, as ratios of one run.
+"""How fast does this network train on a CPU beside other code? Ratios, measured in one run.
 
-    python tests/bench_cpu.py [--nanogpt=PATH/TO/nanoGPT] [--hidden=128 --layers=4 --heads=2 ...]
+    python tools/bench_cpu.py
+    python tools/bench_cpu.py --hidden=256 --layers=6 --heads=4 --ffn=688
+    python tools/bench_cpu.py --nanogpt=PATH/TO/nanoGPT
 
-Every contender trains the same shape on the same ids with AdamW, clipping at 1.0, its best settings
-(bfloat16 autocast where the CPU has it, fused AdamW, the same threads) in a process of its own. The
-processes take turns, so that a machine that slows down slows all of them; the median step of each
-counts. The malloc that keeps its buffers (train.tune_cpu) is part of train.py; "+ our malloc" lends
-it to the others, so that code and allocator can be told apart.
+Every contender trains the same shape on the same ids, with AdamW, clipping at 1.0 and its best
+settings (bfloat16 where the CPU has it, fused AdamW, the same threads), in a process of its own.
+The processes take turns, so that a machine that slows down slows all of them, and the median step
+of each counts. The malloc that keeps its buffers (model.tune_cpu) is part of train.py. "+ our
+malloc" lends it to the others, so that one can tell the code from the allocator.
 """
 
 import argparse
@@ -21,11 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
+import torch  # noqa: E402
 
-import train
-from configs import Config
-from model import LLaMA
+from configs import Config, UserError, run_command  # noqa: E402
+from model import LLaMA, choose_device, tune_cpu  # noqa: E402
 
 
 def ours(a: argparse.Namespace, dtype: torch.dtype) -> tuple[torch.nn.Module, Callable]:
@@ -72,11 +73,10 @@ def worker(a: argparse.Namespace) -> None:
     """Answer each line on standard input with the median seconds of a few steps."""
     torch.set_num_threads(a.threads)
     if a.malloc:
-        train.tune_cpu(a.threads)
-    _, dtype = train.choose_device(Config(device="cpu", dtype=a.dtype))
+        tune_cpu(a.threads)
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT greets
-        net, loss_of = CONTENDERS[a.worker](a, dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints a greeting
+        net, loss_of = CONTENDERS[a.worker](a, getattr(torch, a.dtype))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     ids = torch.randint(a.vocab, (a.batch, a.length + 1))
     if a.compile:
@@ -88,9 +88,9 @@ def worker(a: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(4):
+    for _ in range(4):  # the first steps allocate, and compile
         step()
-    print(json.dumps(str(dtype)), flush=True)
+    print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         times = []
         for _ in range(a.steps):
@@ -100,7 +100,7 @@ def worker(a: argparse.Namespace) -> None:
         print(json.dumps(statistics.median(times)), flush=True)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name, default in (("hidden", 128), ("layers", 4), ("heads", 2), ("ffn", 352),
                           ("vocab", 4096), ("length", 128), ("batch", 16), ("steps", 10),
@@ -110,11 +110,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT, to compare with it")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.worker:
         return worker(a)
     if a.nanogpt and not (Path(a.nanogpt) / "model.py").exists():
-        raise SystemExit(f"--nanogpt={a.nanogpt} has no model.py: give a checkout of nanoGPT.")
+        raise UserError(f"--nanogpt={a.nanogpt} has no model.py: give a checkout of nanoGPT.")
+    # One type for all of them, chosen here, because choosing it in a worker would set its malloc.
+    _, dtype = choose_device(Config(device="cpu", dtype=a.dtype))
     plan = {"ours": ("ours", 1), "ours, system malloc": ("ours", 0),
             "transformers LlamaForCausalLM": ("hugging_face", 0),
             "transformers + our malloc": ("hugging_face", 1)}
@@ -122,36 +124,37 @@ def main() -> None:
         plan |= {"nanoGPT": ("nanogpt", 0), "nanoGPT + our malloc": ("nanogpt", 1)}
     workers = {}
     for label, (contender, malloc) in plan.items():
-        command = [sys.executable, *sys.argv, f"--worker={contender}", f"--malloc={malloc}"]
+        command = [sys.executable, __file__, *argv, f"--worker={contender}",
+                   f"--malloc={malloc}", f"--dtype={str(dtype)[6:]}"]
         workers[label] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                           text=True, bufsize=1)
-    dtypes = {label: ready(p, label) for label, p in workers.items()}
+    for label, process in workers.items():
+        answer(process, label)
     seconds: dict[str, list[float]] = {label: [] for label in workers}
     for _ in range(a.rounds):
-        for label, p in workers.items():  # taking turns, one at a time
-            p.stdin.write("go\n")
-            seconds[label].append(float(ready(p, label)))
-    for p in workers.values():
-        p.stdin.close()
-        p.wait()
+        for label, process in workers.items():  # in turn, one at a time
+            process.stdin.write("go\n")
+            seconds[label].append(float(answer(process, label)))
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
     print(f"{a.layers} layers, hidden {a.hidden}, {a.heads} heads, MLP {a.ffn}, vocabulary"
-          f" {a.vocab}, {a.batch} x {a.length} tokens per step, {a.threads} threads, torch"
-          f" {torch.__version__}"
-          + (", compiled" if a.compile else ""))
-    print(f"{'':32}{'type':>16}{'ms/step':>9}{'tokens/s':>10}{'ours is faster by':>19}")
+          f" {a.vocab}, {a.batch} x {a.length} tokens per step, {a.threads} threads,"
+          f" {str(dtype)[6:]}, torch {torch.__version__}" + (", compiled" if a.compile else ""))
+    print(f"{'':32}{'ms/step':>9}{'tokens/s':>10}{'ours is faster by':>19}")
     for label, times in seconds.items():
         ratio = statistics.median(t / u for t, u in zip(times, seconds["ours"]))
-        ms = statistics.median(times)
-        print(f"{label:32}{dtypes[label]:>16}{1e3 * ms:9.1f}{a.batch * a.length / ms:10,.0f}"
-              f"{ratio:18.2f}x")
+        median = statistics.median(times)
+        print(f"{label:32}{1e3 * median:9.1f}{a.batch * a.length / median:10,.0f}{ratio:18.2f}x")
 
 
-def ready(process: subprocess.Popen, label: str) -> str:
+def answer(process: subprocess.Popen, label: str) -> str | float:
+    """The next line of a worker: "ready", then seconds."""
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"The process of {label!r} ended early; its error is above.")
+        raise UserError(f"The process of {label!r} ended early; its error is above.")
     return json.loads(line)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

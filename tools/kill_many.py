@@ -1,11 +1,11 @@
 """Kill a run again and again and see that nothing comes of it: the same final weights, bit for bit.
 
-    python tests/kill_many.py [--kills=50] [--processes=2] [--seed=1]
+    python tools/kill_many.py [--kills=50] [--processes=2] [--seed=1]
 
 A small run of `--processes` (1: no torchrun) is trained once in peace. Then it is trained again in
 another directory, killed with SIGKILL at random instants, one process or all of them, many of them
 inside a save, and started again each time. In the end every kept checkpoint of the two runs is
-compared: weights, optimizer, random state. Prints what each kill met; exits with 1 if they differ.
+compared: weights, optimizer, position. Prints what each kill met; exits with 1 if they differ.
 """
 
 import argparse
@@ -20,12 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
-from test_train import CONFIG, metrics, tensors, words  # noqa: E402
+from helpers import sentences  # noqa: E402
+from test_distributed import training_processes  # noqa: E402
+from test_train import CONFIG, metrics, tensors  # noqa: E402
 
 import prepare_data  # noqa: E402
-import train  # noqa: E402
+from checkpoint import list_checkpoints  # noqa: E402
 
 
 def start(home: Path, run_dir: Path, processes: int) -> subprocess.Popen:
@@ -41,8 +44,7 @@ def start(home: Path, run_dir: Path, processes: int) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen, run_dir: Path, draw: random.Random) -> str:
     """SIGKILL all processes, or one that trains and, when the others have noticed, the rest."""
-    begun = [r for r in train.read_records(run_dir / "ledger.jsonl") if r["event"] == "start"]
-    pids = begun[-1]["pids"] if begun else []
+    pids = training_processes(run_dir)
     victim = draw.choice([None, *range(len(pids))])
     if victim is not None and len(pids) > 1:
         try:
@@ -57,6 +59,10 @@ def kill(process: subprocess.Popen, run_dir: Path, draw: random.Random) -> str:
     return "all" if victim is None or len(pids) < 2 else f"rank {victim}"
 
 
+def checkpoints_of(run_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run_dir) if path.name.startswith("ckpt_")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("kills", 50), ("processes", 2), ("seed", 1)):
@@ -64,10 +70,10 @@ def main() -> None:
     a = parser.parse_args()
     draw, met = random.Random(a.seed), collections.Counter()
     home = Path(tempfile.mkdtemp(prefix="kill_many_"))
-    (home / "text.txt").write_text("\n".join(words(i, 60) for i in range(30)))
+    (home / "text.txt").write_text("\n".join(sentences(i, 60) for i in range(30)))
     (home / "mini.py").write_text(
-        CONFIG.replace("n_chunks, rows_per_chunk, valid_rows = 300, 32, 3, 50, 6",
-                       "n_chunks, rows_per_chunk, valid_rows = 300, 32, 12, 40, 6")
+        CONFIG.replace("n_chunks, sequences_per_chunk, valid_sequences = 300, 32, 3, 50, 6",
+                       "n_chunks, sequences_per_chunk, valid_sequences = 300, 32, 12, 40, 6")
         + f"sources = {{'text': {str(home / 'text.txt')!r}}}\ndata_dir = {str(home / 'data')!r}\n")
     prepare_data.main([str(home / "mini.py")])
     peace, war = home / "peace", home / "war"
@@ -91,8 +97,8 @@ def main() -> None:
               + ", inside a save" * bool(halves), flush=True)
     if start(home, war, a.processes).wait() != 0:
         raise SystemExit((home / "log").read_text()[-2000:])
-    kept = sorted(p.name for p in peace.glob("ckpt_*"))
-    if kept != sorted(p.name for p in war.glob("ckpt_*")):
+    kept = checkpoints_of(peace)
+    if kept != checkpoints_of(war):
         raise SystemExit(f"Not the same checkpoints: see {home}.")
     for name in kept:
         ours, theirs = tensors(peace / name), tensors(war / name)

@@ -1,26 +1,24 @@
-"""Time every kernel beside its alternatives on one GPU, and what they make of a 7B model.
+"""How fast is every kernel beside its alternatives on one GPU, and a 7B layer and step with them?
 
-    python kernels/bench.py                     everything below; table, and kernels/bench.csv
-    python kernels/bench.py attention swiglu    some of: attention rms_norm add_rms_norm layer_norm
-                                                swiglu rope linear_cross_entropy layer step
-    python kernels/bench.py --rows=8            sequences of 2048 tokens in a batch (default 4)
-    python kernels/bench.py --sweep             attention with tiles other than the frozen ones
-    python kernels/bench.py --aot [--json]      what the compiler makes of each kernel; needs no GPU
-    python kernels/bench.py --smoke             tiny shapes on the CPU: does this script still run
+    python tools/bench_kernels.py                    everything; a table, and a .csv file in runs/
+    python tools/bench_kernels.py attention swiglu   some of: attention rms_norm layer_norm swiglu
+                                                     rope linear_cross_entropy layer step
+    python tools/bench_kernels.py --sequences=8      of 2048 tokens in a batch (default 4)
+    python tools/bench_kernels.py --sweep            attention with other tiles than the frozen ones
+    python tools/bench_kernels.py --smoke            tiny shapes on the CPU: does this still run?
 
-All competitors get the same inputs, bf16 with fp32 norm weights as in training, at the shapes of
-Amber 7B. Time is the median over repetitions between two CUDA events, the L2 cache flushed before
-each. Bytes count each input read once and each output written once; FLOPs of attention count
-the causal half, backward as 5 products. `of ceiling` compares with a large copy or a large
-matrix product measured here first. `ratio` is that competitor's time over ours: above 1, we are
-faster. Before timing, results are compared with PyTorch's and run twice for equal bits.
+All rivals get the same inputs at the shapes of Amber 7B, in bf16 with fp32 norm weights as in
+training. The time is a median between two CUDA events, with the L2 cache flushed before each run.
+Bytes count each input read once and each output written once. FLOPs of attention count the causal
+half, and its backward pass as 5 products. `of ceiling` compares with a large copy or a large matrix
+product that is measured first. `ratio` is the rival's time over ours: above 1, ours is faster.
+Before anything is timed, ours must agree with PyTorch and give the same bits twice.
 """
 
 import argparse
 import csv
 import gc
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -37,10 +35,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels  # noqa: E402
-from configs import ModelConfig  # noqa: E402
+from configs import ModelConfig, UserError, run_command  # noqa: E402
 from model import LLaMA, rotary_table  # noqa: E402
 
-# Tiles worth a try on the GPU, (BLOCK_M, BLOCK_N, warps, stages); all compile without spilling.
+OUT = Path("runs/bench_kernels.csv")
+WHAT = ("attention", "rms_norm", "layer_norm", "swiglu", "rope", "linear_cross_entropy", "layer",
+        "step")
+# Tiles worth a try on the GPU, (BLOCK_M, BLOCK_N, warps, stages). All compile without spilling.
 SWEEP = {
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
     "dkdv": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)],
@@ -55,7 +56,7 @@ class Case:
     name: str
     inputs: tuple[Tensor, ...]
     rivals: dict[str, Callable]
-    flops: float = 0  # of the forward pass; 0 = bound by memory
+    flops: float = 0  # of the forward pass; 0 = its time is the bytes it moves
     bytes: float = 0  # moved by the forward pass
     backward_flops: float = 0
     backward_bytes: float = 0
@@ -77,8 +78,8 @@ class Clock:
         self.bandwidth = 8 * n / self.seconds(lambda: y.copy_(x))
 
     def seconds(self, run: Callable) -> float:
-        # An event is stamped when the GPU reaches it, so a host that lags behind would be timed
-        # too.
+        # The GPU stamps an event when it gets there, so a host that lags behind would be timed,
+        # too: the flush before it gives the host time to queue the run.
         times = []
         for i in range(self.repetitions + 3):
             self.flush.zero_()
@@ -93,7 +94,7 @@ class Clock:
                 began = time.perf_counter()
                 run()
                 elapsed = time.perf_counter() - began
-            if i >= 3:  # the first ones compile and allocate
+            if i >= 3:  # the first runs compile and allocate
                 times.append(elapsed)
         return statistics.median(times)
 
@@ -146,46 +147,39 @@ def attention_case(B: int, T: int, c: ModelConfig, make: Callable, smoke: bool) 
 
 
 def memory_cases(B: int, T: int, c: ModelConfig, make: Callable, smoke: bool) -> list[Case]:
-    """The operations whose time is the bytes they move; n counts the bytes of one tensor."""
-    # `kernels.rope` is the operation; its file is named in full
+    """The operations whose time is the bytes they move."""
+    # `kernels.rope` is the operation, so its file is named in full.
     from kernels.layernorm import layer_norm_reference
-    from kernels.rmsnorm import add_rms_norm_reference, rms_norm_reference
+    from kernels.rmsnorm import rms_norm_reference
     from kernels.rope import rope_reference
     from kernels.swiglu import swiglu_reference
 
-    x, r = make(B, T, c.hidden_size), make(B, T, c.hidden_size)
+    x = make(B, T, c.hidden_size)
     w, b = make(c.hidden_size).float(), make(c.hidden_size).float()
-    n = 2 * x.numel()
     gate, up = make(B, T, c.intermediate_size), make(B, T, c.intermediate_size)
-    m = 2 * gate.numel()
     q, k = (make(B, T, c.num_attention_heads, c.head_dim) for _ in "qk")
     tables = rotary_table(c, 0, T, x.device)
-    fused = {name: {"Liger": f} for name in ("rms_norm", "layer_norm", "swiglu")
-             if (f := liger(f"liger_{name}"))}
-    for name in ("rms_norm", "layer_norm"):
-        if name in fused:
-            f = fused[name]["Liger"]
-            fused[name] = {"Liger": lambda *a, f=f: f(*a, 1e-6)}
+    n, m = 2 * x.numel(), 2 * gate.numel()  # bytes of a bf16 tensor of each kind
 
     def norm(f: Callable) -> Callable:
         return lambda *tensors: f(*tensors, 1e-6)
 
-    def turn(f: Callable) -> Callable:
+    def rotate(f: Callable) -> Callable:
         return lambda q, k: f(q, k, *tables)
 
-    def case(name, inputs, ours, formula, forward, backward) -> Case:
-        rivals = with_rivals(ours, formula, smoke, **fused.get(name, {}))
+    def case(name, inputs, wrap, ours, formula, forward, backward) -> Case:
+        others = {}
+        if theirs := liger(f"liger_{name}"):
+            others["Liger"] = wrap(theirs)
+        rivals = with_rivals(wrap(ours), wrap(formula), smoke, **others)
         return Case(name, inputs, rivals, bytes=forward, backward_bytes=backward)
 
+    rope = with_rivals(rotate(kernels.rope), rotate(rope_reference), smoke)
     return [
-        case("rms_norm", (x, w), norm(kernels.rms_norm), norm(rms_norm_reference),
-             2 * n, 3 * n),
-        case("add_rms_norm", (x, r, w), norm(kernels.add_rms_norm),
-             norm(add_rms_norm_reference), 4 * n, 4 * n),
-        case("layer_norm", (x, w, b), norm(kernels.layer_norm),
-             norm(layer_norm_reference), 2 * n, 3 * n),
-        case("swiglu", (gate, up), kernels.swiglu, swiglu_reference, 3 * m, 5 * m),
-        case("rope", (q, k), turn(kernels.rope), turn(rope_reference), 4 * n, 4 * n),
+        case("rms_norm", (x, w), norm, kernels.rms_norm, rms_norm_reference, 2 * n, 3 * n),
+        case("layer_norm", (x, w, b), norm, kernels.layer_norm, layer_norm_reference, 2 * n, 3 * n),
+        case("swiglu", (gate, up), lambda f: f, kernels.swiglu, swiglu_reference, 3 * m, 5 * m),
+        Case("rope", (q, k), rope, bytes=4 * n, backward_bytes=4 * n),
     ]
 
 
@@ -227,7 +221,7 @@ def layer_case(B: int, T: int, c: ModelConfig, make: Callable, smoke: bool) -> C
 
 def passes(case: Case, run: Callable) -> dict[str, Callable]:
     """What is timed: {"forward": …, "backward": …}, or the two as one."""
-    # one forward whose graph is kept, for as many backwards as are timed
+    # The graph of one forward pass is kept, and each timed backward pass walks it again.
     outputs = run(*case.inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     dys = [torch.randn_like(y) for y in outputs]
@@ -251,12 +245,14 @@ def verify(case: Case) -> None:
     (_, ours), (rival, theirs) = list(case.rivals.items())[:2]
     first, again, other = everything(ours), everything(ours), everything(theirs)
     if not all(torch.equal(a, b) for a, b in zip(first, again)):
-        raise SystemExit(f"{case.name}: two runs gave different bits")
+        raise UserError(f"{case.name}: two runs of one kernel gave different bits.")
     error = max(((a.double() - b.double()).norm() / b.double().norm()).item()
                 for a, b in zip(first, other))
-    # two bf16 computations of one thing; the sharp comparison with float64 is tests/test_kernels.py
+    # These are two computations of one thing in bf16. The sharp comparison, with float64, is in
+    # tests/test_kernels.py.
     if not error < 0.05:
-        raise SystemExit(f"{case.name}: {error:.1e} away from {rival}, 0.05 allowed")
+        raise UserError(f"{case.name}: ours is {error:.1e} away from {rival}, and 0.05 is allowed:"
+                        " run python -m pytest tests/test_kernels.py.")
 
 
 def time_case(case: Case, clock: Clock) -> list[dict]:
@@ -270,7 +266,7 @@ def time_case(case: Case, clock: Clock) -> list[dict]:
             print(f"{case.name}: {rival} left out: {str(error).splitlines()[0][:90]}",
                   file=sys.stderr)
             continue
-        # `ours` is the first rival: everyone's ratio is to it
+        # Ours comes first, and every ratio is to it.
         ours = ours or timed
         for name, seconds in timed.items():
             back = name == "backward"
@@ -292,8 +288,7 @@ def time_step(B: int, T: int, c: ModelConfig, clock: Clock, choice: str) -> list
     with torch.device(clock.device):
         model = LLaMA(c, torch.bfloat16)
         ids = torch.randint(c.vocab_size, (B, T + 1))
-    # drawn on the GPU: init_weights draws on the CPU, minutes for 7B numbers that do not matter
-    # here
+    # init_weights draws on the CPU, which takes minutes for 7B numbers that do not matter here.
     for p in model.parameters():
         if p.dim() > 1:
             p.data.normal_(std=c.initializer_range)
@@ -310,7 +305,7 @@ def time_step(B: int, T: int, c: ModelConfig, clock: Clock, choice: str) -> list
     try:
         seconds = clock.seconds(step)
     except torch.OutOfMemoryError:
-        print(f"{B} rows do not fit: try a smaller --rows for `step`", file=sys.stderr)
+        print(f"{B} sequences do not fit: try a smaller --step_sequences", file=sys.stderr)
         return []
     flops = B * T * c.flops_per_token(T) / seconds
     peak = torch.cuda.max_memory_allocated() / 1e9 if clock.device == "cuda" else 0.0
@@ -328,7 +323,7 @@ def sweep(case: Case, clock: Clock) -> list[dict]:
     for kernel, tiles in SWEEP.items():
         frozen = HOPPER[kernel]
         for tile in tiles:
-            # a tile that computes something else is no candidate
+            # A tile that computes something else is no candidate.
             HOPPER[kernel] = tile
             verify(case)
             part = "forward" if kernel == "forward" else "backward"
@@ -345,6 +340,7 @@ def show(rows: list[dict], path: Path | None) -> None:
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -353,15 +349,15 @@ def show(rows: list[dict], path: Path | None) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
+    """The rows of the table that the command line asks for."""
     # Compiled backwards free their inputs unless told that there will be another one.
     torch._functorch.config.donated_buffer = False
     device = "cpu" if args.smoke else "cuda"
-    c, B, T = ModelConfig(), args.rows, 2048
+    c, B, T = ModelConfig(), args.sequences, 2048
     if args.smoke:
         B, T = 1, 32
         c = ModelConfig(vocab_size=64, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
                         num_attention_heads=2)
-    c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
     torch.manual_seed(0)
     clock = Clock(device, 2 if args.smoke else 30)
     print(f"ceilings: {clock.flops / 1e12:.2f} TFLOP/s bf16 matmul, "
@@ -374,46 +370,43 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
     if args.sweep:
         return sweep(attention_case(B, T, c, make, args.smoke), clock)
-    wanted = lambda name: not args.what or name in args.what  # noqa: E731
+    wanted = args.what or WHAT
     rows = []
-    if wanted("attention"):
+    if "attention" in wanted:
         rows += time_case(attention_case(B, T, c, make, args.smoke), clock)
     for case in memory_cases(B, T, c, make, args.smoke):
-        if wanted(case.name):
+        if case.name in wanted:
             rows += time_case(case, clock)
-    if wanted("linear_cross_entropy"):
+    if "linear_cross_entropy" in wanted:
         rows += time_case(head_case(B, T, c, make, args.smoke), clock)
-    if wanted("layer"):
+    if "layer" in wanted:
         rows += time_case(layer_case(B, T, c, make, args.smoke), clock)
-    if wanted("step"):
+    if "step" in wanted:
         clock.repetitions = min(clock.repetitions, 5)
         for choice in ("torch",) if args.smoke else ("triton", "torch"):
-            rows += time_step(min(B, args.step_rows), T, c, clock, choice)
+            rows += time_step(min(B, args.step_sequences), T, c, clock, choice)
             gc.collect()  # the first model must be gone before the second is made
     return rows
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*")
-    parser.add_argument("--rows", type=int, default=4, help="sequences of 2048 tokens")
-    parser.add_argument("--step_rows", type=int, default=2, help="the same for `step`")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("bench.csv"))
-    for flag in ("--sweep", "--aot", "--json", "--smoke"):
-        parser.add_argument(flag, action="store_true")
-    args = parser.parse_args()
-    if args.aot:
-        from kernels import aot
-
-        rows = aot.reports()
-        print("\n".join(map(json.dumps, rows)) if args.json else aot.table(rows))
-        return
+    parser.add_argument("what", nargs="*", metavar="NAME", help=", ".join(WHAT))
+    parser.add_argument("--sequences", type=int, default=4, help="of 2048 tokens in a batch")
+    parser.add_argument("--step_sequences", type=int, default=2, help="the same for `step`")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT}")
+    parser.add_argument("--sweep", action="store_true", help="other tiles of attention")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    args = parser.parse_args(argv)
+    if unknown := set(args.what) - set(WHAT):
+        raise UserError(f"There is nothing to time with the name {min(unknown)!r}: choose some of"
+                        f" {', '.join(WHAT)}.")
     if not (args.smoke or torch.cuda.is_available()):
-        raise SystemExit("kernels/bench.py measures on a CUDA GPU and sees none; "
-                         "--aot and --smoke do without")
+        raise UserError("This measures on a CUDA GPU, and there is none: --smoke runs tiny shapes"
+                        " on the CPU, and python tools/aot.py needs no GPU.")
     show(measure(args), None if args.smoke or args.sweep else args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,10 +1,15 @@
-"""What the compiler makes of the kernels, on a machine with no GPU.
+"""What does the compiler make of the kernels? No GPU is needed.
+
+    python tools/aot.py            a table: registers, spills, shared memory, instructions
+    python tools/aot.py --json     the same, one JSON object a line
 
 Every operation is called once per shape with the launch itself replaced by a note of its arguments,
 so what is compiled here is what a training step launches. Triton's own compiler and the ptxas in
-its wheel then do everything short of running it. `python kernels/bench.py --aot` prints the table.
+its wheel then do everything short of running it.
 """
 
+import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -22,15 +27,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import kernels
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import kernels  # noqa: E402
+from configs import UserError, run_command  # noqa: E402
 
 ops = torch.ops.kernels
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
-# Bytes of shared memory: of one program at most, and of an SM, which adds 1 KiB to each program's.
-# CUDA C++ programming guide, table "technical specifications per compute capability".
-SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10)}
-REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # per SM
+# What an SM has, from the CUDA C++ programming guide, "technical specifications per compute
+# capability". It adds 1 KiB to the shared memory of each program.
+SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 
 
 def calls() -> list[tuple[str, Callable]]:
@@ -39,20 +47,19 @@ def calls() -> list[tuple[str, Callable]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D, H, K in ((128, 2, 2), (64, 2, 2), (128, 4, 2)):
             if K < H and dtype != torch.bfloat16:
-                continue  # grouped heads only change dK/dV's outer loop
+                continue  # grouped heads change nothing but dK/dV's outer loop
             q, k = torch.zeros(2, 64, H, D, dtype=dtype), torch.zeros(2, 64, K, D, dtype=dtype)
             label = f"attention {TYPES[dtype]} D={D}" + f" H/K={H // K}" * (K < H)
             lse = torch.zeros(2, H, 64)
             found.append((label, lambda q=q, k=k: ops.attention(q, k, k, 1.0)))
             found.append((label, lambda q=q, k=k, lse=lse:
                           ops.attention_backward(q, q, k, k, q, lse, 1.0)))
-    # the 7B's rows, a laptop model's, the longest that is taken
+    # Rows of the 7B, of a laptop model, and the longest that are taken.
     for N in (4096, 128, 8192):
         x, w, rows = torch.zeros(32, N, dtype=torch.bfloat16), torch.zeros(N), torch.zeros(32)
-        for name, r in (("rms_norm", None), ("add_rms_norm", x)):
-            found.append((f"{name} N={N}", lambda x=x, r=r, w=w: ops.rms_norm(x, r, w, 1e-5)))
-            found.append((f"{name} N={N}", lambda x=x, r=r, w=w, rows=rows:
-                          ops.rms_norm_backward(x, r, x, w, rows)))
+        found.append((f"rms_norm N={N}", lambda x=x, w=w: ops.rms_norm(x, w, 1e-5)))
+        found.append((f"rms_norm N={N}", lambda x=x, w=w, rows=rows:
+                      ops.rms_norm_backward(x, x, w, rows)))
         found.append((f"layer_norm N={N}", lambda x=x, w=w: ops.layer_norm(x, w, w, 1e-5)))
         found.append((f"layer_norm N={N}", lambda x=x, w=w, rows=rows:
                       ops.layer_norm_backward(x, x, w, rows, rows)))
@@ -60,7 +67,7 @@ def calls() -> list[tuple[str, Callable]]:
     found.append(("swiglu", lambda: ops.swiglu(y, y)))
     found.append(("swiglu", lambda: ops.swiglu_backward(y, y, y)))
     q = torch.zeros(2, 16, 32, 128, dtype=torch.bfloat16)
-    full, part = torch.zeros(16, 64), torch.zeros(16, 16)  # Amber's turn, Crystal's
+    full, part = torch.zeros(16, 64), torch.zeros(16, 16)  # Amber's table and Crystal's
     found.append(("rope R=128", lambda: ops.rope(q, q, full, full, False, 1)))
     found.append(("rope R=32 interleaved", lambda: ops.rope(q, q, part, part, True, 1)))
     z, targets = torch.zeros(32, 32000, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
@@ -103,7 +110,8 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            # Strides and counts that 16 divides let loads be 16 bytes wide; the JIT looks for them
+            # Strides and counts that 16 divides let loads be 16 bytes wide, so the JIT looks for
+            # them.
             pointer = isinstance(value, torch.Tensor)
             signature[name] = f"*{TYPES[value.dtype]}" if pointer else "i32"
             if pointer or value % 16 == 0:
@@ -128,9 +136,9 @@ def report(arch: int, label: str, kernel: JITFunction, arguments: dict, options:
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     threads = 32 * options.get("num_warps", 4)
     shared = made.metadata.shared
-    # registers are handed out 8 at a time to each thread
+    # Each thread gets its registers in groups of 8.
     fit = (REGISTERS // (threads * (math.ceil(registers / 8) * 8)), THREADS // threads,
-           SHARED[arch][1] // (shared + 1024), PROGRAMS)
+           SHARED[arch] // (shared + 1024), PROGRAMS)
     return {
         "arch": f"sm_{arch}", "what": label, "kernel": kernel.__name__.strip("_"),
         "tile": "x".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK")
@@ -156,7 +164,8 @@ _launches: dict[int, list] = {}
 def reports(archs: tuple[int, ...] = (90, 80)) -> list[dict]:
     """Every launch compiled for every architecture, on all cores."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("compiling needs TRITON_INTERPRET unset: env -u TRITON_INTERPRET ...")
+        raise UserError("TRITON_INTERPRET is set, so Triton would interpret the kernels instead of"
+                        " compiling them: run env -u TRITON_INTERPRET python tools/aot.py.")
     kernels.use("auto")
     _launches.update((arch, launches(arch)) for arch in archs)
     jobs = [(arch, i) for arch in archs for i in range(len(_launches[arch]))]
@@ -173,3 +182,19 @@ def table(rows: list[dict]) -> str:
         lines.append("| " + " | ".join(str(row[name]) for name in names) + " |")
         lines += [f"| | {warning} |" for warning in row["warnings"]]
     return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    as_json = parser.parse_args(argv).json
+    rows = reports()
+    if as_json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""Is this run what it says it is?
+
+    python audit.py configs/amber_tiny.py --verify      # every file against its sha256
+    python audit.py configs/amber_tiny.py --step=100    # what optimizer step 100 learned from
+    python audit.py configs/amber_tiny.py --replay=7    # train chunk 7 again, and compare
+    torchrun --nproc_per_node=2 audit.py configs/amber_tiny.py --replay=7   # a run of 2 processes
+
+A run is a pure function of its config and its data. So anyone who has both can look up what any
+step has seen, and make any checkpoint again from the one before it. Nothing is written.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import checkpoint as ckpt
+import train
+from checkpoint import all_gather_object, rank
+from configs import Config, UserError, load, run_command
+from data import Visit, chunk_schedule, load_data, read_json, step_sequences, step_to_visit
+from model import choose_kernels
+
+# Settings that say where a run is computed and kept, and not what comes out of it.
+PLACE = {"name", "data_dir", "run_dir", "device", "kernels", "resume", "init_from"}
+# What a line of metrics.jsonl says that does not depend on the clock.
+TIMELESS = ("loss", "loss_by_source", "grad_norm", "lr")
+
+
+# ---------------------------------------------------------------------------------------------
+# --verify: are the files those that were written?
+
+
+def verify(config: Config) -> None:
+    """Hold every file of the data and of the run's checkpoints against its sha256; UserError with
+    everything that is wrong."""
+    # The data first: a checkpoint says by one hash which data it was trained on.
+    data = load_data(config.data_dir)
+    problems = data.verify()
+    sound, damaged = ckpt.find_checkpoints(config.run_dir)
+    problems += [f"{path}: manifest.json is missing or damaged." for path in damaged]
+    for path in tqdm(sound, desc="verifying", unit="checkpoint", disable=None):
+        # Old training states are dropped to save space; what is there must be whole.
+        problem = ckpt.verify_checkpoint(path, train_state=(path / "train_state").exists())
+        if not problem and ckpt.read_manifest(path)["data_sha256"] != data.sha256:
+            problem = f"it was trained on other data than {config.data_dir} holds now"
+        if problem:
+            problems.append(f"{path}: {problem}.")
+    if problems:
+        raise UserError("\n".join(problems))
+    print(f"{config.data_dir}: every file is as the manifest says")
+    print(f"{config.run_dir}: {len(sound)} checkpoints, every file is as their manifests say")
+
+
+# ---------------------------------------------------------------------------------------------
+# --step: what did a step learn from?
+
+
+def show_step(config: Config, step: int) -> None:
+    """Print the sequences that optimizer step `step` (from 1) read: source, chunk, number, text."""
+    # The run knows its own seed and batch, whatever config it is asked with.
+    recorded = read_json(Path(config.run_dir) / "config.json")
+    seed = recorded.get("seed", config.seed)
+    batch = recorded.get("global_batch_size", config.global_batch_size)
+    data = load_data(config.data_dir)
+    schedule = chunk_schedule(data.steps_per_chunk(batch),
+                              recorded.get("skip_chunks", config.skip_chunks))
+    total = sum(visit.steps for visit in schedule)
+    if not 1 <= step <= total:
+        raise UserError(f"--step={step}: {config.data_dir} has steps 1 to {total:,} of {batch}"
+                        " sequences.")
+    visit, within = step_to_visit(schedule, step - 1)
+    chunk = data.chunk(visit.chunk)
+    print(f"step {step} = step {within + 1} of chunk {visit.chunk}, {batch} sequences of"
+          f" {config.data_dir}")
+    for i in step_sequences(seed, visit.chunk, len(chunk), within, batch):
+        source = data.sources[chunk["source"][i]]
+        text = data.tokenizer.decode(chunk["token_ids"][i][:64])[:100]
+        print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
+              f" {json.dumps(text, ensure_ascii=False)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# --replay: is a checkpoint what its chunk makes of the checkpoint before?
+
+
+def replay(config: Config, number: int) -> None:
+    """Train visit `number` again and compare every tensor, and every line of the log, bit for bit.
+
+    Settings, and a CPU's threads, are those the checkpoint names. UserError with the first tensor
+    that differs and by how much.
+    """
+    train.init_distributed(config)
+    after = Path(config.run_dir) / f"ckpt_{number:03d}"
+    problem = ckpt.verify_checkpoint(after)
+    if problem:
+        raise UserError(f"{after} cannot be replayed: {problem}.")
+    manifest = ckpt.read_manifest(after)
+    for f in fields(Config):
+        if f.name not in PLACE and f.name in manifest["config"]:
+            setattr(config, f.name, manifest["config"][f.name])
+    # The number of threads decides the order of sums, and so the last bits.
+    config.threads = manifest["environment"]["threads"]
+    choose_kernels(config.kernels)
+    run = train.start(config)
+    if manifest["data_sha256"] != run.data.sha256:
+        raise UserError(f"{after} was trained on other data than {config.data_dir} holds now.")
+    visit = next((v for v in run.schedule if v.number == manifest["visit"]), None)
+    if visit is None or visit.first_step + visit.steps != manifest["step"]:
+        raise UserError(f"{after} says that it is of step {manifest['step']}, where no chunk ends.")
+    before = load_start(run, visit, manifest)
+    logged = {r.get("step"): r for r in ckpt.read_records(run.dir / "metrics.jsonl")}
+    # The same steps as in train.py's loop, without saving, validation and samples, none of which
+    # leaves a trace in the weights.
+    other_lines = []
+    for step in tqdm(range(visit.first_step + 1, manifest["step"] + 1), unit="step",
+                     desc=f"chunk {visit.chunk} again", disable=True if rank() else None):
+        lr = train.learning_rate(config, step, run.total_steps)
+        record = train.train_step(run, train.load_batch(run), lr)
+        run.step = step
+        if any(record.get(key) != logged.get(step, record).get(key) for key in TIMELESS):
+            other_lines.append(step)
+    n, differing = compare(run, after)
+    if not differing and not other_lines:
+        if rank() == 0:
+            print(f"{after} is what chunk {visit.chunk} makes of {before}: {n} tensors, bit for"
+                  f" bit, and {sum(s in logged for s in range(visit.first_step + 1, run.step + 1))}"
+                  " lines of metrics.jsonl.")
+        return
+    made_with = environment_note(run, manifest)
+    if differing:
+        name, by, largest = differing[0]
+        raise UserError(f"{after} is not what chunk {visit.chunk} makes of {before} here:"
+                        f" {len(differing)} of {n} tensors differ, the first is {name}, by up to"
+                        f" {by:.3g} where its largest value is {largest:.3g}.{made_with}")
+    raise UserError(f"{after} is what chunk {visit.chunk} makes of {before}, but metrics.jsonl says"
+                    f" something else of {len(other_lines)} steps, the first is"
+                    f" {other_lines[0]}.{made_with}")
+
+
+def environment_note(run: train.TrainState, manifest: dict[str, Any]) -> str:
+    """What is different here from where a checkpoint was made: it may be that, and not the run."""
+    now, then = train.environment(run), manifest["environment"]
+    other = ", ".join(f"{key} {then[key]!r}, now {now[key]!r}" for key in then
+                      if then[key] != now.get(key))
+    return f" It was made with {other}." if other else ""
+
+
+def load_start(run: train.TrainState, visit: Visit, manifest: dict[str, Any]) -> Path | str:
+    """Put a run where a visit begins; says where that is."""
+    # A run starts at one of three places: where the chunk before ended, at the weights of another
+    # run, or at weights drawn from the seed.
+    if visit.first_step:
+        found = [path for path in ckpt.list_checkpoints(run.dir)
+                 if ckpt.read_manifest(path)["step"] == visit.first_step]
+        if not found:
+            raise UserError(f"Chunk {visit.chunk} cannot be trained again: {run.dir} has no"
+                            f" checkpoint of step {visit.first_step}, where it begins.")
+        problem = ckpt.verify_checkpoint(found[-1], train_state=True)
+        if problem:
+            raise UserError(f"Chunk {visit.chunk} cannot be trained again from {found[-1]}:"
+                            f" {problem}. (keep_train_state = 0 keeps what is needed for it.)")
+        train.restore(run, found[-1])
+        return found[-1]
+    if manifest["started_from"]:
+        origin = Path(run.config.init_from or manifest["started_from"]["path"])
+        ckpt.load_weights(run.model, origin)
+        return origin
+    run.model.init_weights(run.config.seed)
+    return "the initial weights"
+
+
+def compare(run: train.TrainState, path: Path) -> tuple[int, list[tuple[str, float, float]]]:
+    """Tensors compared, and (name, largest difference, largest value) of those not equal."""
+    theirs = dict(ckpt.read_tensors(path))
+    ours = ckpt.copy_to_host(ckpt.named_parameters(run.model))
+    if (path / "train_state").exists() and not ckpt.verify_checkpoint(path, train_state=True):
+        theirs |= dict(ckpt.read_tensors(path / "train_state", "optimizer"))
+        ours += ckpt.copy_to_host(ckpt.optimizer_tensors(run.model, run.optimizer))
+    differing = []
+    for name, a in ours:  # this process's share
+        b = theirs[name]
+        if not torch.equal(a.view(torch.int32), b.view(torch.int32)):  # bits: NaN equals itself
+            difference = (a.double() - b.double()).abs().max().item()
+            differing.append((name, difference, b.abs().max().item()))
+    return len(theirs), sum(all_gather_object(differing), [])
+
+
+def main(argv: list[str]) -> None:
+    config, flags = load(argv, verify=False, step=0, replay=-1)
+    asked = {argument.lstrip("-").partition("=")[0] for argument in argv}
+    if "step" in asked:
+        show_step(config, flags["step"])
+    elif "replay" in asked:
+        replay(config, flags["replay"])
+    else:
+        verify(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

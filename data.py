@@ -1,0 +1,338 @@
+"""Prepared data: the format of a chunk, its reader, and the order in which a run sees it.
+
+    data = load_data("data/amber_tiny")
+    chunk = data.chunk(3)                                  # (n,) of [source u1, token_ids], on disk
+    ids = step_sequences(seed, 3, len(chunk), step, batch)  # which of them one optimizer step reads
+
+A data set is a directory: train/chunk_000.npy ..., valid/SOURCE.npy, the tokenizer's file and
+manifest.json, which has the sha256 of each of them. prepare_data.py writes it; every stage reads it
+through this file. It knows neither torch nor how chunks are made. At its end stand the few helpers
+for files that every stage needs.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+import numpy as np
+
+from configs import Config, UserError
+from tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 2  # of a data set
+# The settings that decide the bytes of a data set. Its manifest keeps their values.
+DATA_SETTINGS = """canaries sources source_weights max_source_bytes tokenized tokenized_valid
+    on_bad_line tokenizer vocab_size seq_len n_chunks sequences_per_chunk valid_sequences seed
+    source_halves valid_documents crystal_tokens fim_rates fim_spm_rate""".split()
+
+
+def sequence_dtype(seq_len: int, n_vocab: int) -> np.dtype:
+    """A sequence: Amber's {"token_ids": [...], "source": ...} in binary.
+
+    It holds seq_len + 1 ids, because inputs and targets are the same ids, one apart. Two bytes an
+    id make a chunk of Amber 7 GB, where its JSON takes 20.8.
+    """
+    # Little-endian, said outright: the bytes and their hashes are the same on every machine.
+    ids = "<u2" if n_vocab <= 1 << 16 else "<u4"
+    return np.dtype([("source", "u1"), ("token_ids", ids, (seq_len + 1,))])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared data set, opened for reading. Chunks are memory-mapped: nothing is read until
+    its sequences are."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources, by the number that each sequence carries."""
+        return [source["name"] for source in self.manifest["sources"]]
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """The sources that have validation sequences."""
+        return [file["source"] for file in self.manifest["valid"]]
+
+    @property
+    def seq_len(self) -> int:
+        return self.manifest["seq_len"]
+
+    @property
+    def n_vocab(self) -> int:
+        return self.manifest["tokenizer"]["n_vocab"]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data."""
+        entry = self.manifest["tokenizer"]
+        try:
+            return load_tokenizer(self.directory, entry)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.directory / entry['file']} cannot be read ({error}): python"
+                            " audit.py CONFIG --verify checks every file.")
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the manifest, and so of every byte of the data set."""
+        return sha256_file(self.directory / "manifest.json")
+
+    def chunk(self, i: int) -> np.ndarray:
+        """The sequences of chunk i, (n,) of [source u1, token_ids (seq_len + 1,)]."""
+        return self._open(self.manifest["chunks"][i])
+
+    def validation(self, source: str) -> np.ndarray:
+        """The validation sequences of a source, as `chunk`; UserError if it has none."""
+        for file in self.manifest["valid"]:
+            if file["source"] == source:
+                return self._open(file)
+        names = ", ".join(self.validation_sources) or "no source"
+        raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has them"
+                        f" of {names}.")
+
+    def _open(self, file: dict[str, Any]) -> np.ndarray:
+        path = self.directory / file["file"]
+        try:
+            sequences = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG --verify"
+                            " checks every file.")
+        # np.load believes what the file says of itself; the manifest is what was hashed.
+        expected = sequence_dtype(self.seq_len, self.n_vocab)
+        if sequences.dtype != expected or sequences.shape != (file["sequences"],):
+            raise UserError(f"{path} has {sequences.shape} sequences of {sequences.dtype}, but the"
+                            f" manifest says {file['sequences']} of {expected}: prepare the data"
+                            " anew.")
+        return sequences
+
+    def steps_per_chunk(self, batch: int) -> list[int]:
+        """Optimizer steps of `batch` sequences in each chunk; what is left over is not read."""
+        return [chunk["sequences"] // batch for chunk in self.manifest["chunks"]]
+
+    def verify(self) -> list[str]:
+        """Every file against its sha256 in the manifest: what is wrong, one sentence each."""
+        problems = []
+        files = [*self.manifest["chunks"], *self.manifest["valid"], self.manifest["tokenizer"]]
+        for file in files:
+            path = self.directory / file["file"]
+            if not path.is_file():
+                problems.append(f"{path} is missing.")
+            elif (found := sha256_file(path)) != file["sha256"]:
+                problems.append(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
+        return problems
+
+
+def load_data(directory: str | Path) -> Data:
+    """Open a prepared data set; UserError when there is none."""
+    path = Path(directory, "manifest.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory} has no prepared data (no manifest.json): run"
+                        " python prepare_data.py configs/NAME.py first.")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): prepare the data anew.")
+    # It may be any JSON at all, if another program has written it.
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} is of format {found}, this code reads {FORMAT}: prepare the data"
+                        " anew.")
+    needed = ["settings", "tokenizer", "seq_len", "sources", "chunks", "valid"]
+    if missing := [key for key in needed if key not in manifest]:
+        raise UserError(f"{path} is damaged, for it lacks {missing}: prepare the data anew.")
+    return Data(Path(directory), manifest)
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the bytes of a data set, as JSON keeps them."""
+    values = {name: getattr(config, name) for name in DATA_SETTINGS}
+    return json.loads(json.dumps(values))
+
+
+# A run may have its own seed and a larger vocabulary than its data: there they take effect.
+RUN_SETTINGS = ("seed", "vocab_size")
+
+
+def check_data_settings(config: Config, data: Data,
+                        may_differ: tuple[str, ...] = RUN_SETTINGS) -> None:
+    """Refuse settings of data that the data was not made with: a run would record them, and they
+    would have no effect."""
+    # Both as JSON has them, where {2: 1} and {"2": 1} are the same.
+    made_with, now = data.manifest["settings"], data_settings(config)
+    differ = [f"{name} = {now[name]!r} (the data: {made_with.get(name)!r})" for name in now
+              if name not in may_differ and now[name] != made_with.get(name)]
+    if differ:
+        raise UserError(f"{data.directory} was prepared with other settings than these:"
+                        f" {', '.join(differ)}. Take the data's, or prepare data for these: with"
+                        " another --data_dir, or after deleting it.")
+
+
+# ---------------------------------------------------------------------------------------------
+# the data order: a pure function of the config
+
+
+@functools.lru_cache(maxsize=2)
+def sequence_order(seed: int, chunk: int, n: int) -> np.ndarray:
+    """The order in which the n sequences of a chunk are read, (n,); nothing else decides it."""
+    # Released chunks are sorted by source, so a chunk must be shuffled as a whole. For Amber's 1.7
+    # million sequences that takes 40 ms: it is kept for the steps that follow.
+    order = np.random.default_rng([seed, chunk]).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def step_sequences(seed: int, chunk: int, n: int, step: int, batch: int) -> np.ndarray:
+    """Ids (batch,) of the sequences that step `step` (from 0) of a chunk of n sequences reads."""
+    return sequence_order(seed, chunk, n)[step * batch : (step + 1) * batch]
+
+
+class Visit(NamedTuple):
+    """One pass of the run through a chunk. `number` names its checkpoint: chunk c is visit c, and
+    visit n_chunks + c if it is met once more."""
+
+    number: int
+    chunk: int
+    first_step: int  # optimizer steps of the run before it
+    steps: int
+
+
+def chunk_schedule(steps_per_chunk: list[int], skip_chunks: list[int]) -> list[Visit]:
+    """The visits of a run: chunks 0, 1, ... without `skip_chunks`, then the first good ones once
+    more until there are as many steps as in all chunks together.
+
+    Amber did so: four of its chunks gave NaN wherever they were met, and the first chunks were
+    trained again to complete the schedule of the learning rate.
+    """
+    total, n = sum(steps_per_chunk), len(steps_per_chunk)
+    good = [c for c in range(n) if c not in skip_chunks and steps_per_chunk[c]]
+    visits: list[Visit] = []
+    done, turn = 0, 0
+    # In the first turn every good chunk is met once. If some were left out, there are turns after
+    # it, the last one cut off where the schedule ends.
+    while good and done < total:
+        for chunk in good:
+            steps = min(steps_per_chunk[chunk], total - done)
+            if steps:
+                visits.append(Visit(turn * n + chunk, chunk, done, steps))
+            done += steps
+        turn += 1
+    return visits
+
+
+def step_to_visit(schedule: list[Visit], step: int) -> tuple[Visit, int]:
+    """(visit, step within it) of optimizer step `step`, counted from 0; UserError beyond them."""
+    for visit in schedule:
+        if 0 <= step - visit.first_step < visit.steps:
+            return visit, step - visit.first_step
+    total = sum(visit.steps for visit in schedule)
+    raise UserError(f"There is no step {step}: the run has {total} steps, and the first is 0.")
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """A hash of what JSON keeps of a value: {2: x} and {"2": x} are the same."""
+    kept = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that has its name only when it is whole, and on the disk, not in a cache."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(unfinished, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        # A full disk does not say which file it was about.
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, as `writing` does."""
+    with writing(path) as f:
+        f.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def lock_directory(directory: Path) -> TextIO:
+    """Hold a lock on a directory while the returned file is open; UserError if another process
+    has it. The system drops it with the process, however that ends."""
+    lock = open(directory / "lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows has nothing as simple: do not start two there.
+    except BlockingIOError:
+        raise UserError(f"{directory} is in use by another process: wait for it, or stop it.")
+    except OSError:
+        pass  # Some network file systems have no locks; that must not stop a run.
+    return lock
+
+
+# A directory is made under a name that ends in .tmp, with this file inside, and renamed when it is
+# whole. What is removed without a question must have both: many people call things *.tmp.
+MARK = "unfinished"
+
+
+def begin_unfinished(directory: Path) -> None:
+    """Make a directory that `remove_unfinished` may take away again; one that was left is gone."""
+    remove_unfinished(directory)
+    directory.mkdir(parents=True)
+    (directory / MARK).write_text(f"{directory.name}: being written; not whole yet\n")
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what `begin_unfinished` made, if it is there; UserError if it is someone else's."""
+    if not directory.exists():
+        return
+    if not is_unfinished(directory):
+        raise UserError(f"{directory} is in the way, and was not written by this program: move it.")
+    for path in directory.iterdir():
+        if path.name == MARK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    # The mark goes last, so that a kill in the middle leaves a directory that is still ours.
+    (directory / MARK).unlink(missing_ok=True)
+    directory.rmdir()
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory was made by `begin_unfinished`, under this very name."""
+    try:
+        text = (directory / MARK).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return directory.is_dir() and not any(directory.iterdir())  # killed before the mark
+    return bool(re.match(re.escape(directory.name) + ":", text))
