@@ -490,9 +490,14 @@ def publish(tmp: Path, path: Path, c: Config, tokenizer: Tokenizer,
     weight_map: dict[str, str] = {}
     tensors: dict[str, str] = {}
     files: dict[str, str] = {}
+    # A process that has died writes nothing, and this thread must not keep its own from ending.
+    deadline = time.monotonic() + 60 * c.timeout_minutes
     for r in range(world_size()):
         theirs = tmp / f"rank_{r}.json"
         while not theirs.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"Could not save {path}: process {r} has not written its share in"
+                                f" timeout_minutes = {c.timeout_minutes:g}.")
             time.sleep(0.02)
         written = json.loads(theirs.read_text(encoding="utf-8"))
         weight_map |= written["weight_map"]
