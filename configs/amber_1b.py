@@ -8,6 +8,6 @@ tokenized = "data/AmberDatasets/train/train_*.jsonl"
 tokenizer = "llama:data/AmberDatasets/tokenizer.json"
 n_chunks = 8
 global_batch_size = 512  # sequences = 1.05M tokens
-micro_batch_size = 8  # about 30 GB on each of 8 GPUs (train.py --dry_run --world_size=8)
+micro_batch_size = 8  # about 30 GB on each of 8 GPUs (tools/dry_run.py --world_size=8)
 warmup_steps = 1000
 eval_interval = 500
