@@ -24,9 +24,11 @@ from configs import Config, UserError, load, run_command
 from data import Visit, chunk_schedule, load_data, read_json, step_sequences, step_to_visit
 from model import choose_kernels
 
-# Settings that say where a run is computed and kept, and not what comes out of it.
+# In a replay these settings are taken from the command and not from the checkpoint: where the
+# files are, and what computes. All others decide what comes out, so they must be the run's own.
 PLACE = {"name", "data_dir", "run_dir", "device", "kernels", "resume", "init_from"}
-# What a line of metrics.jsonl says that does not depend on the clock.
+# The entries of a line of metrics.jsonl that a replay must reproduce: the others are speeds, memory
+# and the like, different each time.
 TIMELESS = ("loss", "loss_by_source", "grad_norm", "lr")
 
 
@@ -61,7 +63,8 @@ def verify(config: Config) -> None:
 
 def show_step(config: Config, step: int) -> None:
     """Print the sequences that optimizer step `step` (from 1) read: source, chunk, number, text."""
-    # The run knows its own seed and batch, whatever config it is asked with.
+    # The run's own record comes before the config: that may have changed since, or another
+    # --seed was given when the run was started.
     recorded = read_json(Path(config.run_dir) / "config.json")
     seed = recorded.get("seed", config.seed)
     batch = recorded.get("global_batch_size", config.global_batch_size)
@@ -121,6 +124,8 @@ def replay(config: Config, number: int) -> None:
         lr = train.learning_rate(config, step, run.total_steps)
         record = train.train_step(run, train.load_batch(run), lr)
         run.step = step
+        # JSON keeps every digit of a float, so != compares bits. A step that is not in the log (it
+        # may have been cut short) is compared with itself.
         if any(record.get(key) != logged.get(step, record).get(key) for key in TIMELESS):
             other_lines.append(step)
     n, differing = compare(run, after)
@@ -142,7 +147,8 @@ def replay(config: Config, number: int) -> None:
 
 
 def environment_note(run: train.TrainState, manifest: dict[str, Any]) -> str:
-    """What is different here from where a checkpoint was made: it may be that, and not the run."""
+    """How this machine differs from the one a checkpoint was made on, for the end of a sentence."""
+    # Another version of PyTorch or number of threads changes the last bits of an honest run too.
     now, then = train.environment(run), manifest["environment"]
     other = ", ".join(f"{key} {then[key]!r}, now {now[key]!r}" for key in then
                       if then[key] != now.get(key))
@@ -177,6 +183,7 @@ def compare(run: train.TrainState, path: Path) -> tuple[int, list[tuple[str, flo
     """Tensors compared, and (name, largest difference, largest value) of those not equal."""
     theirs = dict(ckpt.read_tensors(path))
     ours = ckpt.copy_to_host(ckpt.named_parameters(run.model))
+    # keep_train_state may have deleted an older state of the optimizer: then the weights must do.
     if (path / "train_state").exists() and not ckpt.verify_checkpoint(path, train_state=True):
         theirs |= dict(ckpt.read_tensors(path / "train_state", "optimizer"))
         ours += ckpt.copy_to_host(ckpt.optimizer_tensors(run.model, run.optimizer))
@@ -186,11 +193,14 @@ def compare(run: train.TrainState, path: Path) -> tuple[int, list[tuple[str, flo
         if not torch.equal(a.view(torch.int32), b.view(torch.int32)):  # bits: NaN equals itself
             difference = (a.double() - b.double()).abs().max().item()
             differing.append((name, difference, b.abs().max().item()))
+    # Every process has compared its own share of the tensors: join their lists.
     return len(theirs), sum(all_gather_object(differing), [])
 
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, verify=False, step=0, replay=-1)
+    # The words and not the values: --replay=0 is a chunk, and --step=0 must be refused, though 0 is
+    # its default. --verify is what is done if nothing else is asked for.
     asked = {argument.lstrip("-").partition("=")[0] for argument in argv}
     if "step" in asked:
         show_step(config, flags["step"])

@@ -49,8 +49,10 @@ from model import LLaMA, copy_into_shard, is_hidden
 from tokenizer import Tokenizer
 
 FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a pickle
-NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")  # after a chunk; a rolling one in between
-FILE = re.compile(r"(train_state/)?\w[\w.-]*")  # names that a manifest may list: none leads outside
+# ckpt_007 is the checkpoint at the end of a chunk, step_0000123 a rolling one in between.
+NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")
+# The file names that a manifest may list: no "..", no "/" at the front, so none leads outside.
+FILE = re.compile(r"(train_state/)?\w[\w.-]*")
 TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
          "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -77,7 +79,8 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def on_rank_zero(work: Callable[[], Any]) -> Any:
-    """What `work` returns in the first process, in all of them; so too what it raises."""
+    """Do `work` in the first process alone; all of them return its result, or raise its error."""
+    # The error travels like a result: without it the other processes would wait for the first.
     result, error = None, None
     if rank() == 0:
         try:
@@ -128,7 +131,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError("it is not a safetensors file")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
-    # "c": what is written stays in memory, so that torch does not mind a read-only file.
+    # Mode "c" is copy-on-write: torch warns of arrays that it may not write to, and nothing that is
+    # written to this one reaches the file.
     data = torch.from_numpy(np.memmap(path, np.uint8, "c", offset=8 + length)) \
         if size > 8 + length else torch.empty(0, dtype=torch.uint8)
     for name, entry in header.items():
@@ -149,6 +153,7 @@ def read_tensors(directory: Path, stem: str = "model") -> Iterator[tuple[str, Te
     """(name, tensor) of all files of a directory: STEM*.safetensors or, as some have published
     theirs, pytorch_model*.bin. Raises UserError with the file that cannot be read."""
     for pattern in (f"{stem}*.safetensors", "pytorch_model*.bin"):
+        # `file` is what the error below names: the index at first, then the file being read.
         file = index = directory / f"{pattern.replace('*', '')}.index.json"
         try:
             names = {path.name for path in directory.glob(pattern)}
@@ -181,7 +186,8 @@ LLAMA_SETTINGS = """vocab_size hidden_size intermediate_size num_hidden_layers n
 
 
 def is_llama(c: ModelConfig) -> bool:
-    # What LLaMA knows is listed, not what it lacks: a setting added tomorrow is not forgotten.
+    # Every setting that transformers' LLaMA does not know must have its default. LLAMA_SETTINGS
+    # lists those it knows, so that a setting added tomorrow is looked at though nobody lists it.
     default = ModelConfig()
     return all(getattr(c, f.name) == getattr(default, f.name)
                for f in fields(ModelConfig) if f.name not in LLAMA_SETTINGS)
@@ -218,6 +224,7 @@ def config_problems(c: ModelConfig, directory: Path) -> list[str]:
                    said.get("num_key_value_heads") or theirs["num_attention_heads"]}
     elif kind == "crystalcoder":
         theirs = said
+        # "n_embd" is only in LLM360's own file, in GPT-2's names; ours has this code's names.
         if "n_embd" in said:
             ours = crystal_config(c)
     else:
@@ -340,7 +347,7 @@ def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict
     if problem:
         raise UserError(f"{path} is not a usable checkpoint: {problem}.")
     c = model.config
-    # Weights fit more networks than the one they were trained in, so ask the settings first.
+    # Shapes do not tell all: weights load under another rope_theta too, and compute nonsense.
     problems = config_problems(c, path)
     if problems:
         raise UserError(f"{path} cannot be loaded: {'; '.join(problems)}.")
@@ -417,18 +424,20 @@ def load_optimizer(model: LLaMA, optimizer: torch.optim.Optimizer, path: Path) -
 
 
 def save_checkpoint(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
-                    tokenizer: Tokenizer, metadata: dict[str, Any], keep: Callable[[], None],
-                    pool: ThreadPoolExecutor) -> Future:
+                    tokenizer: Tokenizer, metadata: dict[str, Any],
+                    delete_old: Callable[[], None], pool: ThreadPoolExecutor) -> Future:
     """Copy the state of training to host memory, and write it in a thread while training goes on.
 
     All processes call this; each copies and writes its share of the tensors. metadata: what the
-    manifest says beside the hashes; keep: called by the first process when all is in place. The
-    future raises UserError if it could not be written; the checkpoints before it are untouched.
+    manifest says beside the hashes; delete_old: called by the first process when all is in place.
+    The future raises UserError if it could not be written; the checkpoints before it are untouched.
     """
     # All in a directory of another name, so that what is called ckpt_007 is always whole.
     tmp = path.with_name(f"{path.name}.tmp")
     on_rank_zero(lambda: begin_unfinished(tmp))
-    updates = next(iter(optimizer.state.values()))["step"]  # the same for every parameter
+    # Not the step of the run: where on_nonfinite = "skip_step" has left out an update, AdamW has
+    # made fewer, and its bias correction goes by these. Every parameter has the same number.
+    updates = next(iter(optimizer.state.values()))["step"]
     # No state of a random generator is saved: nothing in training draws from one.
     state = {"step": metadata["step"], "updates": int(updates)}
     weights = copy_to_host(named_parameters(model))
@@ -440,7 +449,8 @@ def save_checkpoint(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
             if rank() == 0:
                 write_json(tmp / "train_state" / "state.json", state)
                 publish(tmp, path, model.config, tokenizer, metadata)
-                keep()
+                # Only now: until the new checkpoint has its name, the old ones are all there is.
+                delete_old()
         except OSError as error:
             with contextlib.suppress(OSError, UserError):
                 remove_unfinished(tmp)
@@ -526,6 +536,7 @@ def publish(tmp: Path, path: Path, c: Config, tokenizer: Tokenizer,
     if path.exists():
         delete_directory(path)
     tmp.rename(path)
+    # If a kill comes in between the mark stays, but it says ckpt_007.tmp: ckpt_007 counts as whole.
     (path / MARK).unlink(missing_ok=True)
     sync_directory(path.parent)
 
@@ -592,6 +603,7 @@ def drop_old_checkpoints(run_dir: Path, keep_rolling: int, keep_train_state: int
     """Keep the newest rolling checkpoints, and the newest training states (0 = all)."""
     # Only sound checkpoints count: a damaged one must not cost the life of a good one.
     rolling = [path for path in list_checkpoints(run_dir) if path.name.startswith("step_")]
+    # Not rolling[:-keep_rolling], which is empty for 0 and would keep them all.
     for path in rolling[: max(0, len(rolling) - keep_rolling)]:
         delete_directory(path)
     if keep_train_state:
@@ -696,6 +708,7 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path],
     again. torchrun's processes share the work and meet at the end; finish = False returns before
     that, with no results. A damaged checkpoint is named and left out.
     """
+    # Not rank(): there is no process group before `meet`, but torchrun's variables are there.
     rank_here, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # To load a checkpoint is the expensive part, so one process has all of its evaluations; only
     # when there are more processes than checkpoints do several (a team) share one.
@@ -711,6 +724,7 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path],
             of = {"weights": weights, "dtype": str(model.dtype)[6:],
                   "evaluation": evaluation.name, "inputs": evaluation.inputs}
             asked.append((path, json.dumps(of)))
+            # The processes from i * team on take the evaluations of checkpoint i in turn.
             if json.dumps(of) not in known and (i * team + j % team) % world == rank_here:
                 mine.append((evaluation, of))
         if mine and not measure(file, model, path, mine):

@@ -1,8 +1,8 @@
 """Prepared data: the format of a chunk, its reader, and the order in which a run sees it.
 
     data = load_data("data/amber_tiny")
-    chunk = data.chunk(3)                                  # (n,) of [source u1, token_ids], on disk
-    ids = step_sequences(seed, 3, len(chunk), step, batch)  # which of them one optimizer step reads
+    chunk = data.chunk(3)                   # (n,) records {source, token_ids}, memory-mapped
+    ids = step_sequences(seed, 3, len(chunk), step, batch)  # the numbers of those a step reads
 
 A data set is a directory: train/chunk_000.npy ..., valid/SOURCE.npy, the tokenizer's file and
 manifest.json, which has the sha256 of each of them. prepare_data.py writes it; every stage reads it
@@ -27,7 +27,8 @@ import numpy as np
 from configs import Config, UserError
 from tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 2  # of a data set
+# Of the manifest and the chunks; data of another number is refused and not guessed at.
+FORMAT = 2
 # The settings that decide the bytes of a data set. Its manifest keeps their values.
 DATA_SETTINGS = """canaries sources source_weights max_source_bytes tokenized tokenized_valid
     on_bad_line tokenizer vocab_size seq_len n_chunks sequences_per_chunk valid_sequences seed
@@ -106,7 +107,8 @@ class Data:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG --verify"
                             " checks every file.")
-        # np.load believes what the file says of itself; the manifest is what was hashed.
+        # A .npy file has its type and length in its own header, and np.load believes it. They must
+        # be the manifest's, or a file of another data set would be trained on without a word.
         expected = sequence_dtype(self.seq_len, self.n_vocab)
         if sequences.dtype != expected or sequences.shape != (file["sequences"],):
             raise UserError(f"{path} has {sequences.shape} sequences of {sequences.dtype}, but the"
@@ -154,18 +156,20 @@ def load_data(directory: str | Path) -> Data:
 
 def data_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the bytes of a data set, as JSON keeps them."""
+    # There and back, so that they compare equal with a manifest: JSON turns the key 2 into "2".
     values = {name: getattr(config, name) for name in DATA_SETTINGS}
     return json.loads(json.dumps(values))
 
 
-# A run may have its own seed and a larger vocabulary than its data: there they take effect.
+# These two mean something to training as well (initial weights and order; size of the embedding),
+# so a run may have other values than the data was made with. No other of DATA_SETTINGS may differ.
 RUN_SETTINGS = ("seed", "vocab_size")
 
 
 def check_data_settings(config: Config, data: Data,
                         may_differ: tuple[str, ...] = RUN_SETTINGS) -> None:
-    """Refuse settings of data that the data was not made with: a run would record them, and they
-    would have no effect."""
+    """UserError if the config asks for other data than this: the run would use the data as it is,
+    and record settings that had no effect."""
     # Both as JSON has them, where {2: 1} and {"2": 1} are the same.
     made_with, now = data.manifest["settings"], data_settings(config)
     differ = [f"{name} = {now[name]!r} (the data: {made_with.get(name)!r})" for name in now
@@ -186,6 +190,7 @@ def sequence_order(seed: int, chunk: int, n: int) -> np.ndarray:
     # Released chunks are sorted by source, so a chunk must be shuffled as a whole. For Amber's 1.7
     # million sequences that takes 40 ms: it is kept for the steps that follow.
     order = np.random.default_rng([seed, chunk]).permutation(n)
+    # The cache returns this very array each time: a caller that changed it would change the run.
     order.flags.writeable = False
     return order
 
@@ -230,6 +235,7 @@ def chunk_schedule(steps_per_chunk: list[int], skip_chunks: list[int]) -> list[V
 
 def step_to_visit(schedule: list[Visit], step: int) -> tuple[Visit, int]:
     """(visit, step within it) of optimizer step `step`, counted from 0; UserError beyond them."""
+    # A schedule has a few hundred visits, so to look through them costs nothing beside a step.
     for visit in schedule:
         if 0 <= step - visit.first_step < visit.steps:
             return visit, step - visit.first_step
@@ -263,7 +269,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that has its name only when it is whole, and on the disk, not in a cache."""
+    """Open PATH.tmp for writing; at the end of the block, sync it to the disk and rename it."""
+    # So a file that has its name is whole, even after a kill or a loss of power.
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with open(unfinished, "wb") as f:
@@ -287,6 +294,7 @@ def lock_directory(directory: Path) -> TextIO:
     """Hold a lock on a directory while the returned file is open; UserError if another process
     has it. The system drops it with the process, however that ends."""
     lock = open(directory / "lock", "w")
+    # LOCK_NB: do not wait for the other process, which may train for weeks, but say so at once.
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,5 +342,7 @@ def is_unfinished(directory: Path) -> bool:
     try:
         text = (directory / MARK).read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return directory.is_dir() and not any(directory.iterdir())  # killed before the mark
+        # An empty one: a kill came before `begin_unfinished` had written the mark, or after
+        # `remove_unfinished` had removed it.
+        return directory.is_dir() and not any(directory.iterdir())
     return bool(re.match(re.escape(directory.name) + ":", text))

@@ -57,7 +57,9 @@ from data import (
 from eval import validate
 from model import LLaMA, choose_device, choose_kernels, continue_text
 
-PEAK_TFLOPS = {  # dense bf16 matmul, from the makers' data sheets
+# Dense bf16 matmul, from the makers' data sheets. The first key that is part of the device's name
+# counts, so "H100 PCIe" must come before "H100", and "A100" before "A10".
+PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
     "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "A10": 125, "RTX 4090": 165,
     "RTX 3090": 71,
@@ -72,7 +74,7 @@ class TrainState:
     data: Data
     schedule: list[Visit]  # the run's passes through chunks, from its first step to its last
     model: LLaMA
-    ddp_model: nn.Module  # the same model, inside DDP if that is what was asked for
+    ddp_model: nn.Module  # what train_step calls: `model`, inside DDP if parallel = "ddp"
     optimizer: torch.optim.AdamW
     device: torch.device
     peak_flops: float  # per second, of all devices
@@ -81,10 +83,11 @@ class TrainState:
     received_signal: str = ""  # its name, if this process got one
     stop_reason: str = ""  # why all processes stop after this step
     save_due: bool = False  # all processes save after this step
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)  # the newest save, or the start
     saving: Future | None = None  # the checkpoint being written
+    # One thread: checkpoints are written one after the other, in the order of their steps.
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    names_group: Any = None  # for name_missing_ranks, which must not use a group that has failed
+    names_group: Any = None  # a second process group, for when a collective of the first fails
 
     @property
     def dir(self) -> Path:
@@ -119,6 +122,7 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     position = step - 1 + config.warmup_offset
     if position < config.warmup_steps:
         return config.learning_rate * position / config.warmup_steps
+    # A run that is longer than its schedule stays at the minimum: `done` is never more than 1.
     done = min(1.0, (position - config.warmup_steps) / max(1, total - config.warmup_steps))
     # How much of the way from the minimum to the peak is left.
     share = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
@@ -138,10 +142,11 @@ class Batch(NamedTuple):
 def load_batch(run: TrainState) -> Batch:
     """Read the sequences of the next step: the same whatever the number of processes."""
     c = run.config
+    # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
     visit, step_in_chunk = step_to_visit(run.schedule, run.step)
     chunk = run.data.chunk(visit.chunk)
     ids = step_sequences(c.seed, visit.chunk, len(chunk), step_in_chunk, c.global_batch_size)
-    # Each process takes a run of the global batch. So the batch is one and the same set of
+    # Each process takes a contiguous slice of the global batch. So the batch is the same set of
     # sequences for any number of processes, and only the order in which they are summed differs.
     mine = np.array_split(ids, world_size())[rank()]
     return Batch(visit, step_in_chunk, mine, chunk[mine])  # only these are read from the disk
@@ -149,7 +154,7 @@ def load_batch(run: TrainState) -> Batch:
 
 def to_tensors(sequences: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B,) sequences of T + 1 ids -> inputs and targets (B, T), the same ids one apart."""
-    # The chunk has two bytes an id; the embedding and the loss look up with eight.
+    # A chunk keeps ids as uint16 (uint32 for a large vocabulary); PyTorch looks up with int64.
     ids = torch.from_numpy(sequences["token_ids"].astype(np.int64))  # (B, T + 1)
     ids = ids.to(device, non_blocking=True)
     return ids[:, :-1], ids[:, 1:]
@@ -173,33 +178,33 @@ def train_step(run: TrainState, batch: Batch, lr: float) -> dict[str, Any]:
         inputs, targets = to_tensors(part, run.device)  # (B, T) each
         with maybe_no_sync(run, last=begin + n >= len(batch.sequences)):
             loss, token_losses = run.ddp_model(inputs, targets)  # (), (B, T)
-            # DDP and FSDP take the mean over processes, which all have as many sequences.
+            # `loss` is the mean of this part, so it counts by the part's share of this process's
+            # sequences. DDP and FSDP average over the processes, which have equally many.
             (loss * (len(part) / len(batch.sequences))).backward()
-        losses.append(token_losses.mean(1))
+        losses.append(token_losses.mean(1))  # (sequences of the part,), no graph behind them
     losses = torch.cat(losses)  # (sequences of this process,)
 
-    # The norm before clipping, of the whole model: a sharded one gives a sharded norm.
+    # Returned is the norm before clipping; under FSDP it is a DTensor, a part in each process.
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
-    # The sums that all processes need, side by side in one tensor: losses by source, sequences by
-    # source, whether one has received a signal, whether it is time for a rolling checkpoint.
+    # One all_reduce for all: loss sums and counts by source, then two flags, signal and save due.
     names = run.data.sources
     sums = torch.zeros(2 * len(names) + 2, device=run.device)
     source = torch.from_numpy(batch.sequences["source"].astype(np.int64)).to(run.device)
     sums.index_add_(0, source, losses)
     sums.index_add_(0, source + len(names), torch.ones_like(losses))
     sums[-2] = bool(run.received_signal)
-    sums[-1] = 0 < c.save_minutes * 60 < time.monotonic() - run.saved_at
+    sums[-1] = 0 < c.save_minutes * 60 < time.monotonic() - run.saved_at  # 0 minutes: never
     if dist.is_initialized():
         dist.all_reduce(sums)
-    # One look at the device per step: all that is logged or decided on, in a single copy.
-    *sums, grad_norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-    loss_sums, counts = sums[: len(names)], sums[len(names) : -2]
+    # tolist() makes the CPU wait for the GPU, so there is one for all that is logged or decided on.
+    *totals, grad_norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
+    loss_sums, counts = totals[: len(names)], totals[len(names) : -2]
     loss = sum(loss_sums) / sum(counts)
-    if sums[-2]:
+    if totals[-2]:
         run.stop_reason = run.received_signal or "A signal to another process"
-    run.save_due = sums[-1] > 0
+    run.save_due = totals[-1] > 0
 
     # Before the update, because after it the weights would be lost. All processes have the same
     # sums, so all of them come to the same decision without asking each other.
@@ -297,6 +302,7 @@ def train(run: TrainState) -> None:
         bar.update()
         bar.set_postfix_str(f"loss {record.get('loss', math.nan):.3f},"
                             f" {record['tokens_per_s']:,} tok/s, mfu {record['mfu']:.1%}")
+        # metrics.jsonl has every step; the log has the first few, to see that the run is sound.
         if run.step <= 3 or "valid" in record:
             run.log(summary_line(record, run.last_step))
 
@@ -304,7 +310,8 @@ def train(run: TrainState) -> None:
         if chunk_done and c.sample_tokens:
             text = continue_text(run.model, run.data.tokenizer, c.sample_prompt, c.sample_tokens)
             run.log(f"sample: {text!r}")
-        # A checkpoint at the end of each chunk is kept; one in between only until the next.
+        # The checkpoint at the end of a chunk is kept for good. A rolling one, in between, is
+        # deleted when keep_rolling newer ones are there.
         if chunk_done:
             save(run, f"ckpt_{batch.visit.number:03d}")
         elif run.stop_reason or run.step == run.last_step or run.save_due:
@@ -350,13 +357,15 @@ def memory_gb(run: TrainState) -> float:
 
 def save(run: TrainState, name: str) -> None:
     """Copy the state and begin to write it as checkpoint `name`; training goes on meanwhile."""
-    finish_save(run)  # the one before: there is only one copy of the state in host memory
-    keep = functools.partial(ckpt.drop_old_checkpoints, run.dir, run.config.keep_rolling,
-                             run.config.keep_train_state)
-    # Only the first process writes the manifest, and it has to look at files to do so.
+    # Wait for the save before this one: host memory has room for one copy of the state.
+    finish_save(run)
+    delete_old = functools.partial(ckpt.drop_old_checkpoints, run.dir, run.config.keep_rolling,
+                                   run.config.keep_train_state)
+    # The first process alone writes the manifest. To name the parent it reads the manifests of the
+    # checkpoints before, which the others are spared.
     metadata = checkpoint_metadata(run) if rank() == 0 else {"step": run.step}
     run.saving = ckpt.save_checkpoint(run.dir / name, run.model, run.optimizer, run.data.tokenizer,
-                                 metadata, keep, run.pool)
+                                      metadata, delete_old, run.pool)
     run.saved_at = time.monotonic()
 
 
@@ -370,8 +379,11 @@ def finish_save(run: TrainState) -> None:
 def checkpoint_metadata(run: TrainState) -> dict[str, Any]:
     """What manifest.json says beside the hashes: of which run, data and step this is the state."""
     c = run.config
+    # The visit of the step just done: at the end of a chunk, `run.step` is already in the next.
     visit, _ = step_to_visit(run.schedule, max(0, run.step - 1))
-    parent = {}  # the checkpoint of the chunk before: manifests make a chain
+    # The checkpoint of the chunk before, so that manifests make a chain. The list is oldest first:
+    # the last that fits is the newest.
+    parent = {}
     for path in ckpt.list_checkpoints(run.dir):
         manifest = ckpt.read_manifest(path)
         if path.name.startswith("ckpt_") and manifest["step"] < run.step:
@@ -428,11 +440,12 @@ def resume(run: TrainState) -> list[str]:
     c = run.config
     sound, damaged = on_rank_zero(lambda: ckpt.find_checkpoints(run.dir))
     begun = on_rank_zero(lambda: (run.dir / "metrics.jsonl").exists()) or sound or damaged
-    # torchrun starts the same command again after a failure, on the run it has begun; only the
-    # agent whose process failed counts that, so ask them all.
+    # After a failure torchrun starts the same command again, and then the run is there already,
+    # which resume = "false" must allow. Only the node whose process failed counts the restart.
     restarted = max(all_gather_object(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
     if c.resume == "false" and begun and not restarted:
         raise UserError(f"{run.dir} already holds a run: delete it, or give another --run_dir.")
+    # Any other value of `resume` is the path of the one checkpoint to go on from.
     named = c.resume not in ("auto", "true", "false")
     notes = [f"Passing over {path}: manifest.json is missing or damaged." for path in damaged]
     for path in [Path(c.resume)] if named else reversed(sound):
@@ -482,7 +495,8 @@ def put_aside(run: TrainState) -> list[str]:
 def restore(run: TrainState, path: Path) -> str:
     """Weights, optimizer and position from a verified checkpoint; says what has changed since."""
     c, manifest = run.config, ckpt.read_manifest(path)
-    # These decide which sequences a step reads: with others it would be another run.
+    # These decide which sequences a step reads, so they must be equal. The network is checked by
+    # load_weights, skip_chunks by history_problem; all else may change, and the log says what did.
     for key in ("global_batch_size", "seq_len", "seed"):
         if manifest["config"][key] != getattr(c, key):
             raise UserError(f"{path} was trained with {key} = {manifest['config'][key]}, now it is"
@@ -494,6 +508,7 @@ def restore(run: TrainState, path: Path) -> str:
     ckpt.load_optimizer(run.model, run.optimizer, path)
     run.step, run.started_from = manifest["step"], manifest["started_from"]
     then = manifest["config"] | manifest["environment"]
+    # Through JSON, as the manifest has been: there the key of {2: 1} is "2", which is no change.
     now = json.loads(json.dumps(asdict(c))) | environment(run)
     changed = [f"{key} {then.get(key)!r} -> {value!r}" for key, value in now.items()
                if then.get(key) != value and key != "resume"]
@@ -529,6 +544,7 @@ def name_missing_ranks(run: TrainState, error: RuntimeError) -> UserError:
         dist.monitored_barrier(run.names_group, timedelta(seconds=10), wait_all_ranks=True)
         who = "All processes answer"
     except RuntimeError as missing:
+        # Of its many lines one names them, like "[Rank 0]: Ranks 1, 2 failed to pass ...".
         lines = [line for line in str(missing).splitlines() if "anks" in line or "ank " in line]
         who = re.sub(r"^\[[^]]*\]:?\s*", "", lines[0] if lines else str(missing)).rstrip(".")
     return UserError(f"Step {run.step + 1}: a collective failed or took longer than"
@@ -543,7 +559,8 @@ def shard_size(config: Config, world: int) -> int:
         return world
     if config.parallel == "ddp":
         return 1
-    # As many as a node has, because they exchange the most, and NVLink is ten times the network.
+    # A group of hsdp is a node (8 GPUs where torchrun does not say): its members exchange the most,
+    # and NVLink inside a node is about ten times as fast as the network between nodes.
     size = min(world, config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 8)))
     if world % size:
         raise UserError(f"hsdp: {world} processes cannot be divided into groups of {size};"
@@ -573,9 +590,10 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype,
         apply_activation_checkpointing(block, config.activation_checkpointing)
         if config.compile:
             block.compile()
-    # Every block is a group of its own, gathered just before it is computed and let go after it.
-    if mesh:  # FSDP2, a group per block: float32 shards, gathered in `dtype`
-        # The inputs are as they should be: the rotary table must stay float32.
+    # FSDP2: each process holds a float32 shard of every weight. Block after block, the weights are
+    # gathered in `dtype` just before they are used, and let go after it.
+    if mesh:
+        # Inputs are not cast to `dtype`, because the rotary table must stay float32.
         policy = MixedPrecisionPolicy(dtype, getattr(torch, config.reduce_dtype),
                                       cast_forward_inputs=False)
         for module in (*model.model.layers, model):
@@ -671,7 +689,7 @@ def peak_flops(config: Config, device: torch.device, dtype: torch.dtype) -> floa
 def start(config: Config) -> TrainState:
     """Everything a run needs before its first step but values in its weights."""
     device, dtype = choose_device(config)
-    # What asks PyTorch for the algorithms that give the same bits every time; on a CPU they all do.
+    # This asks PyTorch for algorithms that give the same bits every time; on a CPU all of them do.
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -726,8 +744,10 @@ def main(argv: list[str]) -> None:
     backend = choose_kernels(config.kernels)
     micro_batches(config, world_size())  # refused before anything is built
     home = Path(config.run_dir)
+    # One process looks before all of them build: what it finds wrong ends all, in one sentence.
     on_rank_zero(lambda: data_for(config) and home.mkdir(parents=True, exist_ok=True))
     with contextlib.ExitStack() as held:
+        # The lock first: a checkpoint that a running process is writing looks like a leftover.
         on_rank_zero(lambda: held.enter_context(lock_directory(home))
                      and ckpt.remove_leftovers(home))
         run = start(config)

@@ -64,8 +64,11 @@ class ModelConfig:
 
     @property
     def width_scale(self) -> float:
-        """muP: base width / width. The factor of the logits and of the hidden matrices'
-        learning rate, its root that of their initial deviation (Yang et al. 2022, table 8)."""
+        """muP's base width / width (Yang et al. 2022, table 8); 1 without muP.
+
+        The logits and the learning rate of the hidden matrices are multiplied with it, and the
+        initial deviation of the hidden matrices with its square root.
+        """
         return self.base_hidden_size / self.hidden_size if self.base_hidden_size else 1.0
 
     @property
@@ -95,7 +98,7 @@ class ModelConfig:
 
 @dataclass
 class Config(ModelConfig):
-    """Every setting of the four stages."""
+    """Every setting of the five stages; one that has no effect on a stage is ignored by it."""
 
     # -- where things are
     name: str = ""  # name of the data and the run; "" = the config file's
@@ -127,7 +130,7 @@ class Config(ModelConfig):
     global_batch_size: int = 2240  # sequences per optimizer step, over all processes
     micro_batch_size: int = 10  # sequences per forward pass of one process
     learning_rate: float = 3e-4  # peak, reached after warmup_steps
-    min_learning_rate: float = 3e-5  # at the last step
+    min_learning_rate: float = 3e-5  # where "cosine" and "linear" end; "constant" ignores it
     lr_schedule: str = "cosine"  # "cosine" | "linear" | "constant", after the warm-up
     schedule_steps: int = 0  # optimizer steps of the schedule, warm-up too; 0 = the data's
     warmup_steps: int = 2000  # optimizer steps of linear warm-up from 0
@@ -166,7 +169,7 @@ class Config(ModelConfig):
     eval_sequences: int = 256  # sequences per source of one validation
     sample_prompt: str = "The"  # text continued at every checkpoint
     sample_tokens: int = 48  # tokens of that continuation; 0 = none
-    resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" | PATH
+    resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" = a new run | PATH
     init_from: str = ""  # checkpoint whose weights a new run begins with
     save_minutes: float = 30.0  # minutes between rolling checkpoints; 0 = none
     keep_rolling: int = 1  # rolling checkpoints kept
@@ -185,6 +188,7 @@ class Config(ModelConfig):
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
+# The settings that take one of a few words. Those that also take a path or a name are not here.
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "on_bad_line": ("stop", "skip"),
@@ -196,7 +200,8 @@ CHOICES = {
     "activation_checkpointing": ("none", "selective", "full"),
     "on_nonfinite": ("stop", "skip_step"),
 }
-# Every other number may be 0, and none may be negative.
+# The numbers that must be more than 0. Any other may be 0, often with a meaning of its own ("0 =
+# all"), and none may be negative.
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
     global_batch_size micro_batch_size learning_rate adam_eps grad_clip timeout_minutes
@@ -229,6 +234,7 @@ def load(argv: list[str], **flags: Any) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"Give one config file, like configs/amber_tiny.py: found {found}."
                         " (Settings are written --key=value; -h lists them.)")
     # All problems are collected, so that a person does not meet them one at a time.
+    # f.type is the class int and not the word "int", unless this file imports `annotations`.
     kinds = {f.name: f.type for f in fields(Config)}
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -275,10 +281,13 @@ def read_file(path: str) -> dict[str, Any]:
     try:
         exec(compile(source, path, "exec"), namespace)
     except Exception as error:
+        # A SyntaxError knows its line. Of any other error it is in the traceback, whose first frame
+        # is this function and whose second is the config.
         line = getattr(error, "lineno", None)
         if line is None and error.__traceback__ and error.__traceback__.tb_next:
             line = error.__traceback__.tb_next.tb_lineno
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}.")
+    # A config may import modules and keep helpers under names with _: these are no settings.
     return {key: value for key, value in namespace.items()
             if not key.startswith("_") and not isinstance(value, ModuleType)}
 
@@ -298,11 +307,13 @@ def parse(text: str, kind: type, argument: str, problems: list[str]) -> Any:
         return text
     if kind is bool:
         text = {"true": "True", "false": "False"}.get(text.lower(), text)
+    # Numbers, lists and dictionaries as Python writes them; literal_eval runs no code.
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         problems.append(f"command line: {argument}: expected a value of type {kind.__name__},"
                         f" found {text!r}.")
+        # An empty value of the right type, so that set_value does not note a second problem.
         return kind()
 
 
@@ -410,6 +421,7 @@ def comments() -> dict[str, str]:
     found = {}
     for cls in (ModelConfig, Config):
         for line in inspect.getsource(cls).splitlines():
+            # A setting is one line: name, type, default, and a comment that this takes whole.
             if match := re.match(r"    (\w+): [^=]+ = .*?  # (.*)", line):
                 found[match[1]] = match[2]
     return found
@@ -438,6 +450,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         sentence = "Stopped. The same command goes on from what was finished."
     except BrokenPipeError:  # `| head`: nobody reads any more, and that is no fault
+        # Python writes out what is left when it ends, and that must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

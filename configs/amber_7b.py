@@ -1,6 +1,6 @@
 # Amber 7B exactly (LLM360, 2023): 6,738,415,616 parameters, 1.26T tokens, 360 checkpoints.
 # Every model and optimizer setting is the default of configs/__init__.py; what is written here is
-# what a person should see. README.md, "Many GPUs", has the commands.
+# what a person should see. README.md, "Amber, 7B", has the commands.
 tokenized = "data/AmberDatasets/train/train_*.jsonl"  # LLM360's released chunks, already tokenized
 tokenizer = "llama:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
 sequences_per_chunk = 1_706_976  # 762 steps of 2240 sequences; 96 are left over
