@@ -186,6 +186,7 @@ LLAMA_SETTINGS = """vocab_size hidden_size intermediate_size num_hidden_layers n
 
 
 def is_llama(c: ModelConfig) -> bool:
+    """Whether transformers' LLaMA computes what this model does."""
     # Every setting that transformers' LLaMA does not know must have its default. LLAMA_SETTINGS
     # lists those it knows, so that a setting added tomorrow is looked at though nobody lists it.
     default = ModelConfig()
