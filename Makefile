@@ -14,7 +14,7 @@ run: .venv/run.installed
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
 	@$(PY) memorize.py $(CONFIG) --sequences=100
-	@$(PY) audit.py $(CONFIG) --verify
+	@$(PY) audit.py $(CONFIG)
 
 crystal: .venv/run.installed
 	@for stage in 1 2 3; do for step in prepare_data train eval; do \

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -80,7 +81,7 @@ class Data:
             return load_tokenizer(self.directory, entry)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.directory / entry['file']} cannot be read ({error}): python"
-                            " audit.py CONFIG --verify checks every file.")
+                            " audit.py CONFIG checks every file.")
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -105,7 +106,7 @@ class Data:
         try:
             sequences = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG --verify"
+            raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG"
                             " checks every file.")
         # A .npy file has its type and length in its own header, and np.load believes it. They must
         # be the manifest's, or a file of another data set would be trained on without a word.
@@ -152,6 +153,42 @@ def load_data(directory: str | Path) -> Data:
     if missing := [key for key in needed if key not in manifest]:
         raise UserError(f"{path} is damaged, for it lacks {missing}: prepare the data anew.")
     return Data(Path(directory), manifest)
+
+
+def unexpected_sequences(data: Data) -> list[str]:
+    """Validation sequences that are in a chunk, which makes validation worthless; and sequences
+    that are in the chunks more often than their source's weight says: one sentence each."""
+    n_chunks = len(data.manifest["chunks"])
+    chunks = [sequence_keys(data.chunk(i)["token_ids"]) for i in range(n_chunks)]
+    begins = np.cumsum([0, *map(len, chunks)])
+    keys, first, times = np.unique(np.concatenate(chunks), return_index=True, return_counts=True)
+
+    def place(key: int) -> str:
+        at = first[np.searchsorted(keys, key)]
+        chunk = int(np.searchsorted(begins, at, side="right")) - 1
+        return f"sequence {at - begins[chunk]} of chunk {chunk}"
+
+    problems = []
+    for source in data.validation_sources:
+        held_out = sequence_keys(data.validation(source)["token_ids"])
+        for i in np.flatnonzero(np.isin(held_out, keys) & (held_out != 0)):
+            problems.append(f"Sequence {i} of valid/{source}.npy is in the training data:"
+                            f" {place(held_out[i])}.")
+    # Twice by chance: honest text has a document in two files, or the same licence in each.
+    weights = [source.get("weight", 1) for source in data.manifest["sources"]]
+    planted = map(int, data.manifest["settings"].get("canaries", {}))
+    usual = max([2 * math.ceil(max(weights)), *planted])
+    for key, n in zip(keys[times > usual], times[times > usual]):
+        if key:
+            problems.append(f"{place(key)} is {n} times in the training data.".capitalize())
+    return problems
+
+
+def sequence_keys(ids: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each sequence of ids (n, T + 1): int64 (n,). 0 for those that say next to
+    nothing, like `0, 0, 0, ...`, which honest data has more than once."""
+    keys = (hash(row.tobytes()) if len(set(row[:64].tolist())) >= 16 else 0 for row in ids)
+    return np.fromiter(keys, np.int64, len(ids))
 
 
 def data_settings(config: Config) -> dict[str, Any]:

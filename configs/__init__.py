@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -212,8 +212,8 @@ RENAMED = {
     "eval_rows": "eval_sequences", "on_bad_row": "on_bad_line", "rows": "sequences",
     "make_up": "skip_chunks, whose chunks are always made up for",
     "async_save": "nothing: a checkpoint is always written while training goes on",
-    "show_step": "python audit.py CONFIG --step=N", "replay": "python audit.py CONFIG --replay=N",
-    "verify": "python audit.py CONFIG --verify", "dry_run": "python tools/dry_run.py CONFIG",
+    "show_step": "python lookup.py CONFIG --step=N", "replay": "python audit.py CONFIG --replay=N",
+    "verify": "python audit.py CONFIG", "dry_run": "python tools/dry_run.py CONFIG",
     "compare": "python tools/compare.py runs/a runs/b",
 }
 
@@ -408,6 +408,19 @@ def check_data(c: Config) -> list[str]:
         problems.append('tokenizer must be "bpe", "llama:PATH", "tiktoken:NAME" or "data:DIR",'
                         f" found {c.tokenizer!r}.")
     return problems
+
+
+# Where files are and what computes: a command's own, whatever run it looks at. All other settings
+# decide what comes out.
+PLACE = ("name", "data_dir", "run_dir", "device", "kernels", "resume", "init_from")
+
+
+def with_recorded(config: Config, recorded: dict[str, Any]) -> Config:
+    """A copy of a config with the settings that a run has recorded, all but PLACE."""
+    # A file that others have written can have any value: only those of the right type are taken.
+    found = {f.name: recorded[f.name] for f in fields(Config) if f.name not in PLACE
+             and type(recorded.get(f.name)) is f.type}
+    return replace(config, **found)
 
 
 def nearest(value: int, unit: int) -> str:

@@ -24,8 +24,9 @@ KNOWS = {
     # train's validation is eval's bits per byte: the one place where a stage knows another ...
     "train": {"data", "model", "checkpoint", "kernels", "eval"},
     "memorize": {"data", "model", "checkpoint"},
-    # ... but for audit, whose work is to do again what train has done.
-    "audit": {"data", "model", "checkpoint", "train"},
+    # ... but for those whose work is to do again what train has done, and to ask what is known.
+    "replay": {"data", "model", "checkpoint", "train"},
+    "audit": {"data", "model", "checkpoint", "train", "memorize", "replay"},
 }
 FILES = [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "kernels").glob("*.py"),
          *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
