@@ -1,15 +1,13 @@
 """Is this run what it says it is?
 
     python audit.py configs/amber_tiny.py --verify      # every file against its sha256
-    python audit.py configs/amber_tiny.py --step=100    # what optimizer step 100 learned from
     python audit.py configs/amber_tiny.py --replay=7    # train chunk 7 again, and compare
     torchrun --nproc_per_node=2 audit.py configs/amber_tiny.py --replay=7   # a run of 2 processes
 
-A run is a pure function of its config and its data. So anyone who has both can look up what any
-step has seen, and make any checkpoint again from the one before it. Nothing is written.
+A run is a pure function of its config and its data. So anyone who has both can make any checkpoint
+again from the one before it (and look up what any step has seen: lookup.py). Nothing is written.
 """
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import checkpoint as ckpt
 import train
 from checkpoint import all_gather_object, rank
 from configs import Config, UserError, load, run_command
-from data import Visit, chunk_schedule, load_data, read_json, step_sequences, step_to_visit
+from data import Visit, load_data
 from model import choose_kernels
 
 # In a replay these settings are taken from the command and not from the checkpoint: where the
@@ -55,35 +53,6 @@ def verify(config: Config) -> None:
         raise UserError("\n".join(problems))
     print(f"{config.data_dir}: every file is as the manifest says")
     print(f"{config.run_dir}: {len(sound)} checkpoints, every file is as their manifests say")
-
-
-# ---------------------------------------------------------------------------------------------
-# --step: what did a step learn from?
-
-
-def show_step(config: Config, step: int) -> None:
-    """Print the sequences that optimizer step `step` (from 1) read: source, chunk, number, text."""
-    # The run's own record comes before the config: that may have changed since, or another
-    # --seed was given when the run was started.
-    recorded = read_json(Path(config.run_dir) / "config.json")
-    seed = recorded.get("seed", config.seed)
-    batch = recorded.get("global_batch_size", config.global_batch_size)
-    data = load_data(config.data_dir)
-    schedule = chunk_schedule(data.steps_per_chunk(batch),
-                              recorded.get("skip_chunks", config.skip_chunks))
-    total = sum(visit.steps for visit in schedule)
-    if not 1 <= step <= total:
-        raise UserError(f"--step={step}: {config.data_dir} has steps 1 to {total:,} of {batch}"
-                        " sequences.")
-    visit, within = step_to_visit(schedule, step - 1)
-    chunk = data.chunk(visit.chunk)
-    print(f"step {step} = step {within + 1} of chunk {visit.chunk}, {batch} sequences of"
-          f" {config.data_dir}")
-    for i in step_sequences(seed, visit.chunk, len(chunk), within, batch):
-        source = data.sources[chunk["source"][i]]
-        text = data.tokenizer.decode(chunk["token_ids"][i][:64])[:100]
-        print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
-              f" {json.dumps(text, ensure_ascii=False)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,13 +167,11 @@ def compare(run: train.TrainState, path: Path) -> tuple[int, list[tuple[str, flo
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, verify=False, step=0, replay=-1)
-    # The words and not the values: --replay=0 is a chunk, and --step=0 must be refused, though 0 is
-    # its default. --verify is what is done if nothing else is asked for.
+    config, flags = load(argv, verify=False, replay=-1)
+    # The words and not the values: --replay=0 is a chunk. --verify is what is done if nothing else
+    # is asked for.
     asked = {argument.lstrip("-").partition("=")[0] for argument in argv}
-    if "step" in asked:
-        show_step(config, flags["step"])
-    elif "replay" in asked:
+    if "replay" in asked:
         replay(config, flags["replay"])
     else:
         verify(config)

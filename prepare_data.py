@@ -801,18 +801,18 @@ def write_manifest(work: Work, passed_over: Counter[str], parts: list[dict], sou
         inside = 0 if work.config.valid_documents else held_out
         source |= {"valid_sequences": held_out, "train_sequences": train,
                    "unused_sequences": max(0, source["sequences"] - inside - train)}
+    # Released chunks have lines, and no documents.
+    documents = [] if work.config.tokenized else write_documents(work, parts)
     manifest = {"format": data.FORMAT, "settings": data.data_settings(work.config),
                 "tokenizer": work.tokenizer_entry, "seq_len": work.config.seq_len,
                 "seed": work.config.seed, "dtype": np.lib.format.dtype_to_descr(work.dtype),
                 "sources": sources, "chunks": chunks, "valid": valid, "dropped": dropped,
-                "documents": write_documents(work, parts), "made_with": versions()}
+                "documents": documents, "made_with": versions()}
     data.write_json(work.directory / "manifest.json", manifest)
 
 
 def write_documents(work: Work, parts: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Where the documents of each source begin, and their files' names; the manifest's entries."""
-    if work.config.tokenized:
-        return []  # released chunks have lines, and no documents
     folder, names = work.directory / "documents", {}
     folder.mkdir(exist_ok=True)
     # Equal data has equal bytes, whoever's home ~ is, and wherever the embedded text lay.

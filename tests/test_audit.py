@@ -1,6 +1,5 @@
-"""audit.py: files, steps, and chunks trained again."""
+"""audit.py: files, and chunks trained again."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from test_train import argv, damage, home, metrics, run, straight  # noqa: F401
 import audit
 import checkpoint as ckpt
 from configs import UserError, load
-from data import chunk_schedule, load_data, read_json, sha256_json, step_sequences, write_json
+from data import read_json, sha256_json, write_json
 
 
 def test_verify_names_every_file_that_differs(
@@ -32,26 +31,6 @@ def test_verify_names_every_file_that_differs(
                   "ckpt_000: train_state/optimizer.safetensors is damaged"):
         assert words in str(stopped.value)
     assert str(stopped.value).count("\n") == 3
-
-
-def test_a_step_is_told_as_the_run_read_it_whatever_seed_the_data_has(
-        home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
-    """The seed is the run's own, even if it is asked with a config that has another."""
-    run(home, tmp_path / "run", seed=5, max_steps=9, skip_chunks=[0])
-    capsys.readouterr()
-    data = load_data(home / "data")
-    visit = chunk_schedule(data.steps_per_chunk(8), [0])[1]
-    audit.main(argv(home, tmp_path / "run", step=9))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 9 = step 3 of chunk 2, 8 sequences") and visit.chunk == 2
-    chunk = data.chunk(2)
-    for line, i in zip(lines[1:], step_sequences(5, 2, len(chunk), 2, 8), strict=True):
-        text = json.dumps(data.tokenizer.decode(chunk["token_ids"][i])[:20])[1:-1]
-        assert line.startswith(data.sources[chunk["source"][i]])
-        assert f"chunk 2 sequence {i} " in line and text in line
-    for step in (0, 19, -3):
-        with pytest.raises(UserError, match=rf"--step={step}: .* has steps 1 to 18 of 8"):
-            audit.main(argv(home, tmp_path / "run", step=step))
 
 
 def test_replay(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
