@@ -151,14 +151,13 @@ def read_index(directory: Path, source: str) -> tuple[np.ndarray, list[str]]:
 
 
 class Place(NamedTuple):
-    """An occurrence of a text."""
+    """An occurrence of a text in a sequence: its tokens and bytes, counted from 0."""
 
     chunk: int
     sequence: int
-    source: str
-    first: int  # token of the sequence, from 0
+    first: int  # token
     last: int
-    byte: int  # of the text of the sequence, from 0
+    byte: int
     context: str
 
 
@@ -176,7 +175,8 @@ def find(config: Config, text: str) -> None:
         steps = steps_of(config, data, place)
         visits.append([visit for visit, _ in steps])
         when = " and ".join(f"step {step}" for _, step in steps) or "not read"
-        print(f"{k:>2}: chunk {place.chunk} sequence {place.sequence}, {place.source}, tokens"
+        source = data.sources[data.chunk(place.chunk)["source"][place.sequence]]
+        print(f"{k:>2}: {source}, chunk {place.chunk} sequence {place.sequence}, tokens"
               f" {place.first} to {place.last}, byte {place.byte}: {when}")
         print(f"    {json.dumps(place.context, ensure_ascii=False)}")
         print(f"    {origin(data, place.chunk, place.sequence, place.first, place.last + 1)}")
@@ -206,23 +206,22 @@ def find_places(data: Data, text: bytes, limit: int) -> tuple[list[Place], int]:
             found = block.find(text)
             while found >= 0:
                 if total < limit:
-                    row, *where = place_in(block, ends, width, found, len(text))
-                    source = data.sources[data.chunk(c)["source"][at + row]]
-                    places.append(Place(c, at + row, source, *where))
+                    row, *where = place_in(block, ends, width + 1, found, len(text))
+                    places.append(Place(c, at + row, *where))
                 total += 1
                 found = block.find(text, found + 1)
     return places, total
 
 
-def place_in(block: bytes, ends: np.ndarray, width: int, found: int,
+def place_in(block: bytes, ends: np.ndarray, row_length: int, found: int,
              n_bytes: int) -> tuple[int, int, int, int, str]:
-    """(row, first and last token, byte in the row, context) of bytes of a decoded block."""
+    """(row, first token, last token, byte in the row, context) of bytes of a decoded block."""
     first, last = np.searchsorted(ends, [found, found + n_bytes - 1], side="right").tolist()
-    row = first // (width + 1)  # a row is the tokens of a sequence and the byte between
-    origin = row * (width + 1)
-    begin, end = int(ends[origin - 1]) if row else 0, int(ends[origin + width - 1])
+    at = first - first % row_length  # where its row begins: tokens of a sequence, and one between
+    begin, end = int(ends[at - 1]) if at else 0, int(ends[at + row_length - 2])
     near = block[max(begin, found - 40) : min(end, found + n_bytes + 40)]
-    return row, first - origin, last - origin, found - begin, near.decode("utf-8", "ignore")
+    # Half characters at the edges of the context are left out.
+    return at // row_length, first - at, last - at, found - begin, near.decode("utf-8", "ignore")
 
 
 def steps_of(config: Config, data: Data, place: Place) -> list[tuple[Visit, int]]:
