@@ -169,7 +169,8 @@ def find(config: Config, text: str) -> None:
     places, total = find_places(data, replace_invalid_utf8(text).encode(), SHOWN)
     if not places:
         raise UserError(f"{text!r} is nowhere in the training data of {config.data_dir}.")
-    print(f"{total:,} places in {config.data_dir}" + f", the first {SHOWN}" * (total > SHOWN))
+    print(f"{total:,} place{'s' * (total > 1)} in {config.data_dir}"
+          + f", the first {SHOWN}" * (total > SHOWN))
     visits = []
     for k, place in enumerate(places, 1):
         steps = steps_of(config, data, place)
