@@ -4,10 +4,10 @@
     chunk = data.chunk(3)                   # (n,) records {source, token_ids}, memory-mapped
     ids = step_sequences(seed, 3, len(chunk), step, batch)  # the numbers of those a step reads
 
-A data set is a directory: train/chunk_000.npy ..., valid/SOURCE.npy, the tokenizer's file and
-manifest.json, which has the sha256 of each of them. prepare_data.py writes it; every stage reads it
-through this file. It knows neither torch nor how chunks are made. At its end stand the few helpers
-for files that every stage needs.
+A data set is a directory: train/chunk_000.npy ..., valid/SOURCE.npy, documents/SOURCE.npy, the
+tokenizer's file and manifest.json, which has the sha256 of each of them. prepare_data.py writes it;
+every stage reads it through this file. It knows neither torch nor how chunks are made. At its end
+stand the few helpers for files that every stage needs.
 """
 
 import contextlib
@@ -124,7 +124,9 @@ class Data:
     def verify(self) -> list[str]:
         """Every file against its sha256 in the manifest: what is wrong, one sentence each."""
         problems = []
-        files = [*self.manifest["chunks"], *self.manifest["valid"], self.manifest["tokenizer"]]
+        # Data that was prepared before there was lookup.py has no index of documents.
+        files = [*self.manifest["chunks"], *self.manifest["valid"], self.manifest["tokenizer"],
+                 *self.manifest.get("documents", [])]
         for file in files:
             path = self.directory / file["file"]
             if not path.is_file():

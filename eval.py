@@ -588,7 +588,7 @@ def report(config: Config, data: Data, entries: list[dict[str, Any]], sample: st
     return f"""{printed}
 Next:
   python eval.py {config_file} --prompt="import "  # text from this model
-  python audit.py {config_file} --step=100         # the sequences that step 100 learned from
+  python lookup.py {config_file} --step=100        # the sequences that step 100 learned from
   python tools/report.py {config.run_dir}  # the curves as pictures
   make ablation  # three learning rates, two seeds each: which differences are more than chance"""
 

@@ -53,6 +53,8 @@ from tokenizer import (
 PART_BYTES = 16 << 20  # small files are read together until they make a part of this size
 SAMPLE_BYTES = 10 << 20  # of text, to train a tokenizer on
 BLOCK = 4096  # sequences in memory at a time: 16 MB at Amber's length
+# A document: where it begins in its source's run of tokens, its file, its number there (from 1).
+DOCUMENT = np.dtype([("begin", "<u8"), ("file", "<u4"), ("number", "<u4")])
 
 Files = dict[str, list[str]]  # paths by source
 
@@ -308,13 +310,16 @@ def encode_part(work: Work, job: tuple[int, str, list[str]]) -> dict[str, Any]:
     tokenizer = load_tokenizer(work.directory, work.tokenizer_entry)
     half, fim_rate = c.source_halves.get(source), c.fim_rates.get(source, 0)
     part = {"source": source, "file": f"{number:05}.bin", "valid_file": f"{number:05}.valid.bin",
+            "index_file": f"{number:05}.documents", "paths": paths,
             "documents": 0, "bytes": 0, "tokens": 0, "valid_tokens": 0}
     notes: Counter[str] = Counter()
-    texts = itertools.chain.from_iterable(read_documents(p, c.on_bad_line, notes) for p in paths)
+    texts = ((file, n, text) for file, path in enumerate(paths)
+             for n, text in enumerate(read_documents(path, c.on_bad_line, notes), 1))
     left = c.max_source_bytes or math.inf
     with (data.writing(work.parts / part["file"]) as train_file,
-          data.writing(work.parts / part["valid_file"]) as valid_file):
-        for text in texts:
+          data.writing(work.parts / part["valid_file"]) as valid_file,
+          data.writing(work.parts / part["index_file"]) as index_file):
+        for file, n, text in texts:
             utf8 = text.encode()
             # What becomes of a document follows from its text, so that it does not matter which
             # worker reads it, and when. The last bit of the key chooses its half, and the others
@@ -334,6 +339,7 @@ def encode_part(work: Work, job: tuple[int, str, list[str]]) -> dict[str, Any]:
                 part["valid_tokens"] += len(tokens)
             else:
                 train_file.write(tokens.tobytes())
+                index_file.write(np.array((part["tokens"], file, n), DOCUMENT).tobytes())
                 part["documents"] += 1
                 part["bytes"] += len(utf8)
                 part["tokens"] += len(tokens)
@@ -376,9 +382,14 @@ class Source:
     sequences: int  # that the run makes; what is left over at its end is not used
     n_held_out: int  # of them, for validation
     weight: float  # how often the others are used
-    dealt: int  # sequences that are dealt to chunks, if nothing caps them
     entry: dict[str, Any]  # what the manifest says of it
     per_chunk: int = 0
+
+    @property
+    def dealt(self) -> int:
+        """Sequences for the chunks, if nothing caps them; 2.5 is all twice, then half of them."""
+        train = self.sequences - self.n_held_out
+        return int(self.weight) * train + round(self.weight % 1 * train)
 
 
 def plan_sources(config: Config, parts: list[dict[str, Any]]) -> list[Source]:
@@ -410,10 +421,10 @@ def plan_source(config: Config, number: int, name: str, parts: list[dict[str, An
     # Where whole documents are held out, no sequence need be held out of the others.
     n_held_out = 0 if config.valid_documents else config.valid_sequences
     valid_tokens = sum(part["valid_tokens"] for part in parts)
-    # A weight of 2.5 is every sequence twice, and then half of them.
-    train = sequences - n_held_out
-    dealt = int(weight) * train + round(weight % 1 * train)
-    no_chunk = train < 0 or (weight and dealt < config.n_chunks)
+    source = Source(number, [(part["file"], part["tokens"]) for part in parts],
+                    [(part["valid_file"], part["valid_tokens"]) for part in parts],
+                    sequences, n_held_out, weight, entry)
+    no_chunk = sequences < n_held_out or (weight and source.dealt < config.n_chunks)
     no_validation = config.valid_documents and valid_tokens < width
     if no_chunk or no_validation:
         raise UserError(
@@ -422,9 +433,7 @@ def plan_source(config: Config, number: int, name: str, parts: list[dict[str, An
             f" more. That is not enough for valid_sequences = {config.valid_sequences} and n_chunks"
             f" = {config.n_chunks} at weight {weight}: give more text, or lower these numbers.")
     entry |= {"dropped": dropped, "sequences": sequences, "tail_tokens": tail}
-    return Source(number, [(part["file"], part["tokens"]) for part in parts],
-                  [(part["valid_file"], part["valid_tokens"]) for part in parts],
-                  sequences, n_held_out, weight, dealt, entry)
+    return source
 
 
 def apportion(counts: list[int], cap: int) -> list[int]:
@@ -479,7 +488,7 @@ def plant_canaries(work: Work, number: int) -> Source:
     n = len(copies)
     entry = {"name": "canary", "weight": 1, "documents": 0, "bytes": 0, "tokens": n * width,
              "repaired": 0, "dropped": {}, "sequences": n, "tail_tokens": 0}
-    return Source(number, [("canary.bin", n * width)], [], n, n_held_out=0, weight=1, dealt=n,
+    return Source(number, [("canary.bin", n * width)], [], n, n_held_out=0, weight=1,
                   entry=entry, per_chunk=n // config.n_chunks)
 
 
@@ -792,12 +801,37 @@ def write_manifest(work: Work, passed_over: Counter[str], parts: list[dict], sou
         inside = 0 if work.config.valid_documents else held_out
         source |= {"valid_sequences": held_out, "train_sequences": train,
                    "unused_sequences": max(0, source["sequences"] - inside - train)}
+    # Released chunks have lines, and no documents.
+    documents = [] if work.config.tokenized else write_documents(work, parts)
     manifest = {"format": data.FORMAT, "settings": data.data_settings(work.config),
                 "tokenizer": work.tokenizer_entry, "seq_len": work.config.seq_len,
                 "seed": work.config.seed, "dtype": np.lib.format.dtype_to_descr(work.dtype),
                 "sources": sources, "chunks": chunks, "valid": valid, "dropped": dropped,
-                "made_with": versions()}
+                "documents": documents, "made_with": versions()}
     data.write_json(work.directory / "manifest.json", manifest)
+
+
+def write_documents(work: Work, parts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Where the documents of each source begin, and their files' names; the manifest's entries."""
+    folder, names = work.directory / "documents", {}
+    folder.mkdir(exist_ok=True)
+    # Equal data has equal bytes, whoever's home ~ is, and wherever the embedded text lay.
+    home, here = os.path.expanduser("~/"), f"{work.directory}{os.sep}"
+    for source, mine in itertools.groupby(parts, lambda part: part["source"]):
+        index, tokens, paths = [], 0, []
+        for part in mine:
+            # A part counts its tokens and files from its own beginning.
+            index.append(np.fromfile(work.parts / part["index_file"], DOCUMENT))
+            index[-1]["begin"] += tokens
+            index[-1]["file"] += len(paths)
+            tokens += part["tokens"]
+            paths += part["paths"]
+        names[source] = [path.removeprefix(here).replace(home, "~/", 1) for path in paths]
+        with data.writing(folder / f"{source}.npy") as f:
+            np.save(f, np.concatenate(index))
+    data.write_json(folder / "files.json", names)
+    return [{"file": f"documents/{path.name}", "sha256": data.sha256_file(path)}
+            for path in sorted(folder.iterdir())]
 
 
 def publish(directory: Path, lock: TextIO, data_dir: Path) -> None:

@@ -251,7 +251,7 @@ def handle_nonfinite(run: TrainState, batch: Batch, loss: float, grad_norm: floa
     where = (f"the loss is not finite on {'; '.join(found)}" if found
              else "every loss was finite, the gradient was not")
     text = (f"Step {number}: loss {loss}, gradient norm {grad_norm}; the update was not made. It"
-            f" was chunk {chunk}; {where} (python audit.py CONFIG --step={number} prints them).")
+            f" was chunk {chunk}; {where} (python lookup.py CONFIG --step={number} prints them).")
     if run.config.on_nonfinite == "skip_step":
         # Nothing needs to be recorded: a resumed run gets the same from the same data.
         run.log(f"{text} The step is left out.")

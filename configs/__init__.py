@@ -212,7 +212,8 @@ RENAMED = {
     "eval_rows": "eval_sequences", "on_bad_row": "on_bad_line", "rows": "sequences",
     "make_up": "skip_chunks, whose chunks are always made up for",
     "async_save": "nothing: a checkpoint is always written while training goes on",
-    "show_step": "python lookup.py CONFIG --step=N", "replay": "python audit.py CONFIG --replay=N",
+    "show_step": "python lookup.py CONFIG --step=N", "step": "python lookup.py CONFIG --step=N",
+    "replay": "python audit.py CONFIG --replay=N",
     "verify": "python audit.py CONFIG", "dry_run": "python tools/dry_run.py CONFIG",
     "compare": "python tools/compare.py runs/a runs/b",
 }

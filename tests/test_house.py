@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"prepare_data", "train", "eval", "memorize", "audit"}
+STAGES = {"prepare_data", "train", "eval", "memorize", "audit", "lookup"}
 # Which rooms a room may import, beside configs, which all may.
 KNOWS = {
     "configs": set(), "kernels": set(), "tokenizer": set(),
@@ -24,9 +24,11 @@ KNOWS = {
     # train's validation is eval's bits per byte: the one place where a stage knows another ...
     "train": {"data", "model", "checkpoint", "kernels", "eval"},
     "memorize": {"data", "model", "checkpoint"},
-    # ... but for those whose work is to do again what train has done, and to ask what is known.
+    # ... but for those whose work is to do again what train has done, to ask what is known, and to
+    # ask where prepare_data has dealt what to.
     "replay": {"data", "model", "checkpoint", "train"},
     "audit": {"data", "model", "checkpoint", "train", "memorize", "replay"},
+    "lookup": {"data", "model", "checkpoint", "prepare_data", "tokenizer"},
 }
 FILES = [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "kernels").glob("*.py"),
          *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]

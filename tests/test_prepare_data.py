@@ -101,7 +101,7 @@ def test_bytes_do_not_depend_on_workers_or_a_kill(tmp_path: Path) -> None:
              for k in range(6)}
     one = prepare(tmp_path, sources=files, data_dir=str(tmp_path / "one")).directory
     three = prepare(tmp_path, sources=files, data_dir=str(tmp_path / "three"), workers=3).directory
-    assert hashes(one) == hashes(three) and len(hashes(one)) == 4 + 6 + 2
+    assert hashes(one) == hashes(three) and len(hashes(one)) == 4 + 6 + 7 + 2
 
     config = config_file(tmp_path, sources=files, data_dir=str(tmp_path / "killed"), workers=2)
     command, tmp = [sys.executable, str(ROOT / "prepare_data.py"), config], tmp_path / "killed.tmp"
@@ -680,7 +680,7 @@ def test_embedded_corpus(tmp_path: Path) -> None:
     assert data.manifest["made_with"]["python"] and data.manifest["made_with"]["numpy"]
     assert data.n_vocab == 4096 and total / sum(s["tokens"] for s in data.manifest["sources"]) > 3
     assert {p.name for p in data.directory.iterdir()} == {
-        "train", "valid", "manifest.json", "tokenizer.tiktoken"}
+        "train", "valid", "documents", "manifest.json", "tokenizer.tiktoken"}
 
 
 def test_embedded_corpus_is_clean_and_the_same_twice(tmp_path: Path) -> None:
