@@ -28,16 +28,7 @@ import replay
 import train
 from checkpoint import all_gather_object, rank, world_size
 from configs import Config, UserError, load, run_command, with_recorded
-from data import (
-    Data,
-    Visit,
-    chunk_schedule,
-    load_data,
-    read_json,
-    step_sequences,
-    unexpected_sequences,
-    write_json,
-)
+from data import Data, Visit, chunk_schedule, load_data, read_json, step_sequences, write_json
 from memorize import ages, choose_chunks, chunk_numbers, double_center, sequence_losses
 from model import build_for_inference, choose_kernels
 
@@ -51,7 +42,8 @@ class Point:
 
     path: Path
     manifest: dict[str, Any]  # {} of a published directory
-    visit: int  # the number in its name: of the visit to a chunk that it ends
+    number: int  # of the visit to a chunk that it ends, as in its name
+    visit: Visit | None  # None: a number beyond this data, as in a selection of released chunks
 
 
 @dataclass
@@ -75,17 +67,19 @@ def audit(config: Config, flags: dict[str, Any]) -> Report:
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
     paths = ckpt.select_checkpoints(config.run_dir, flags["checkpoints"] or "all")
     chunks = choose_chunks(flags["chunks"], chunk_numbers(data))
-    points = []
+    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
+    visits, points = {visit.number: visit for visit in schedule}, []
     for path in paths:
         name = re.fullmatch(r"ckpt_(\d+)", path.name)
         if not name:
             raise UserError(f"{path} is not called ckpt_NUMBER: an audit is of checkpoints at the"
                             " end of a chunk, and the number says which chunk that is.")
-        points.append(Point(path, ckpt.read_manifest(path), int(name[1])))
-    points.sort(key=lambda point: point.visit)
+        number = int(name[1])
+        points.append(Point(path, ckpt.read_manifest(path), number, visits.get(number)))
+    points.sort(key=lambda point: point.number)
     check_files(config, data, points, report)
     if rank() == 0:
-        for problem in data.verify() or unexpected_sequences(data):
+        for problem in data.verify():
             report.found("data", problem)
         check_tensors(config, data, points, report)
     points, report = all_gather_object((points, report))[0]
@@ -106,14 +100,12 @@ def check_files(config: Config, data: Data, points: list[Point], report: Report)
     """Every file against its sha256, and each manifest against the data and the one before it."""
     for path in ckpt.find_checkpoints(config.run_dir)[1]:
         report.found("files", f"{path}: manifest.json is missing or damaged.")
-    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
-    ends = {visit.number: visit for visit in schedule}
     by_name = {point.path.name: point for point in points}
     for point in tqdm(points, desc="files", unit="checkpoint", leave=False, disable=None):
         # Old training states are dropped to save space; what is there must be whole.
         problem = ckpt.verify_checkpoint(point.path, (point.path / "train_state").exists())
         problems = [problem] if problem else []
-        m, visit = point.manifest, ends.get(point.visit)
+        m, visit = point.manifest, point.visit
         if m and m["data_sha256"] != data.sha256:
             problems.append(f"it was trained on other data than {config.data_dir} holds now")
         elif m:
@@ -146,36 +138,40 @@ def check_tensors(config: Config, data: Data, points: list[Point], report: Repor
             points.remove(point)
     names = [name for name in dict.fromkeys(n for w in weights for n in w)
              if not CONSTANT.search(name)]
-    hashes: dict[str, list] = {}  # by tensor, then by point
-    moves: dict[str, np.ndarray] = {}  # by tensor: (points - 1, 3), see `movement`
+    hashes: dict[str, list[str]] = {}  # by tensor, then by point
+    moves: dict[str, np.ndarray] = {}  # by tensor: (points - 1, 2), see `displacements`
     for name in tqdm(names, desc="tensors", leave=False, disable=None):
         shapes = {str(tuple(w[name].shape)) if name in w else "missing" for w in weights}
         if len(shapes) > 1:
             report.found("files", f"{name} is {' or '.join(sorted(shapes))}, by the checkpoint.")
             continue
-        hashes[name] = [sha256(w[name].contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-                        for w in weights]
-        for point, found in zip(points, hashes[name]):
+        tensor = [w[name] for w in weights]
+        hashes[name] = [sha256(t.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+                        for t in tensor]
+        finite = [bool(t.isfinite().all()) for t in tensor]
+        for point, found, sound in zip(points, hashes[name], finite):
+            if not sound:
+                report.found("files", f"{point.path}: {name} has values that are not finite.")
             if found != point.manifest.get("tensors", {}).get(name, found):
                 report.found("files", f"{point.path}: {name} is not the tensor in manifest.json.")
-        moves[name] = movement([w[name] for w in weights])
+        if all(finite):
+            moves[name] = displacements(tensor)
     check_twins(points, hashes, report)
     if moves and len(points) > 1:
         check_path(config, data, points, moves, report)
 
 
-def movement(tensor: list[torch.Tensor]) -> np.ndarray:
-    """(points - 1, 3) of one tensor: squared length of its way from each checkpoint to the next,
-    inner product of that way with the way after it, and its squared norm."""
-    rows, before = [], None
-    for a, b in zip(tensor, tensor[1:]):
-        way = b.float() - a.float()
+def displacements(tensor: list[torch.Tensor]) -> np.ndarray:
+    """(points - 1, 2) of a tensor's displacement from each checkpoint to the next: its squared
+    length, and its inner product with the displacement after it."""
+    rows, before = np.zeros((len(tensor) - 1, 2)), None
+    for i, (a, b) in enumerate(zip(tensor, tensor[1:])):
+        step = b.float() - a.float()
+        rows[i, 0] = step.square().sum(dtype=torch.float64)
         if before is not None:
-            rows[-1][1] = (before * way).sum(dtype=torch.float64).item()
-        rows.append([way.square().sum(dtype=torch.float64).item(), 0.0,
-                     b.float().square().sum(dtype=torch.float64).item()])
-        before = way
-    return np.array(rows).reshape(-1, 3)
+            rows[i - 1, 1] = (before * step).sum(dtype=torch.float64)
+        before = step
+    return rows
 
 
 def check_twins(points: list[Point], hashes: dict[str, list], report: Report) -> None:
@@ -195,21 +191,16 @@ def check_twins(points: list[Point], hashes: dict[str, list], report: Report) ->
 
 def check_path(config: Config, data: Data, points: list[Point], moves: dict[str, np.ndarray],
                report: Report) -> None:
-    """A checkpoint between two others lies between them, and its way is as long as its steps."""
-    total = sum(moves.values())  # (points - 1, 3)
-    for i, way in enumerate(total):
-        if not np.isfinite(way).all():
-            report.found("path", f"{points[i + 1].path.name} or the one before it has weights that"
-                                 " are not finite.")
-            return
-    # The cosine of the way to a checkpoint and the way on from it. Steps that know nothing of each
-    # other give 0, a common direction more. Who is not on the path has to be left again by the way
-    # one came: -0.5 and less. (Long ways in a standing state would give -0.5 too: docs/audit.md.)
-    limit = -0.35 - 2 / math.sqrt(config.hidden_size)  # small tensors have 1 / sqrt(size) by chance
+    """A checkpoint between two others lies between them, as far from them as its steps go."""
+    total = sum(moves.values())  # (points - 1, 2)
+    # The cosine between the displacement to a checkpoint and the one on from it. Steps that know
+    # nothing of each other give 0, a common direction more. What is not on the path must be left
+    # by the way that led to it: -0.5 and less.
+    limit = -0.35 - 2 / math.sqrt(config.hidden_size)  # 1 / sqrt(size) is what chance does
     for i, point in enumerate(points[1:-1]):
         cosine = {}
-        for name, way in [("", total), *moves.items()]:
-            cosine[name] = way[i, 1] / (math.sqrt(way[i, 0] * way[i + 1, 0]) or 1)
+        for name, move in [("", total), *moves.items()]:
+            cosine[name] = move[i, 1] / (math.sqrt(move[i, 0] * move[i + 1, 0]) or 1)
         report.say(point, "path", f"{cosine.pop(''):+.2f}")
         astray = [name for name in cosine if cosine[name] < limit]
         if astray:
@@ -218,18 +209,18 @@ def check_path(config: Config, data: Data, points: list[Point], moves: dict[str,
                                  f" came, {astray[0]} the first (cosine {cosine[astray[0]]:.2f}).")
     if any(finding["check"] == "path" for finding in report.findings):
         return  # lengths would say the same once more
-    # AdamW moves by about the learning rate at each step, so the length of the way over the sum of
-    # the rates changes little from one checkpoint to the next.
-    steps = data.steps_per_chunk(config.global_batch_size)
-    schedule = {v.number: v for v in chunk_schedule(steps, config.skip_chunks)}
-    if not all(point.visit in schedule for point in points):
-        return  # of a run with other numbers, as in a selection of released chunks
-    end = [schedule[point.visit].first_step + schedule[point.visit].steps for point in points]
-    pace = np.array([math.sqrt(total[i, 0]) / sum(
-        train.learning_rate(config, step, sum(steps)) for step in range(end[i] + 1, end[i + 1] + 1))
-        for i in range(len(total))])
+    # AdamW moves by about the learning rate at each step, so the distance over the sum of the rates
+    # changes little from one checkpoint to the next.
+    if not all(point.visit for point in points):
+        return
+    end = [point.visit.first_step + point.visit.steps for point in points]
+    n_steps, pace = sum(data.steps_per_chunk(config.global_batch_size)), []
+    for i in range(len(total)):
+        rates = sum(train.learning_rate(config, step, n_steps)
+                    for step in range(end[i] + 1, end[i + 1] + 1))
+        pace.append(math.sqrt(total[i, 0]) / (rates or 1))
     for i in range(1, len(pace) - 1):
-        times = pace[i] / math.sqrt(pace[i - 1] * pace[i + 1]) if pace.all() else 1
+        times = pace[i] / (math.sqrt(pace[i - 1] * pace[i + 1]) or 1)
         if not 1 / 1.25 < times < 1.25:
             report.found("path", f"{points[i + 1].path.name} is {times:.2f} times as far from the"
                                  " one before as the learning rate and its neighbours explain.")
@@ -239,9 +230,9 @@ def check_path(config: Config, data: Data, points: list[Point], moves: dict[str,
 # 4. losses: has a checkpoint seen the chunk that it claims to have seen last, and no other?
 
 
-def draw_steps(config: Config, data: Data, chunks: list[int], n: int) -> dict[int, np.ndarray]:
-    """Of each chunk about n sequences, in whole steps where these are not larger: (steps, batch)
-    numbers. The order is random, so they are a random sample of the chunk."""
+def draw_steps(config: Config, data: Data, chunks: list[int], n: int) -> dict[int, tuple]:
+    """Of each chunk about n sequences, in whole steps where these are not larger: the steps
+    and the numbers (steps, batch). The order is random, so they are a random sample."""
     drawn, batch = {}, config.global_batch_size
     for chunk in chunks:
         there = data.manifest["chunks"][chunk]["sequences"]
@@ -253,8 +244,9 @@ def draw_steps(config: Config, data: Data, chunks: list[int], n: int) -> dict[in
 
 
 def measure_losses(config: Config, data: Data, points: list[Point], chunks: list[int],
-                   drawn: dict, batch: int) -> np.ndarray:
-    """Losses (points, chunks) of object arrays (steps, sequences), in nats; processes share them.
+                   drawn: dict, batch: int) -> dict[tuple[int, int], tuple]:
+    """By (point, chunk): the steps drawn and their losses (steps, sequences), in nats. torchrun's
+    processes share the checkpoints.
 
     Nothing is kept from one audit to the next: a file in the run would be the run's own word.
     """
@@ -281,7 +273,7 @@ def check_losses(config: Config, data: Data, points: list[Point], chunks: list[i
                               for point in points], chunks)  # (points, chunks)
     traces: dict[int, tuple] = {}  # by point: (claimed (chunks,), trace (chunks,), error (chunks,))
     for k in range(1, len(points)):
-        claimed = (age[k] >= 0) & (age[k] < points[k].visit - points[k - 1].visit)
+        claimed = (age[k] >= 0) & (age[k] < points[k].number - points[k - 1].number)
         if not claimed.any() or (~claimed).sum() < 2:
             continue  # nothing to look at, or nothing to hold it against
         change = np.stack([(losses[k, j][1] - losses[k - 1, j][1]).ravel()
@@ -325,20 +317,18 @@ def check_log(config: Config, data: Data, points: list[Point], chunks: list[int]
     """Each line of metrics.jsonl against what follows from the config, and the recorded losses
     against those that the checkpoint before gives on the same steps."""
     logged = {r.get("step"): r for r in ckpt.read_records(Path(config.run_dir) / "metrics.jsonl")}
-    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
-    visits = {visit.number: visit for visit in schedule}
     recorded, expected = [], []
     for k, point in enumerate(points):
-        visit = visits.get(point.visit)
+        visit = point.visit
         if not logged or not point.manifest or not visit:
             continue
-        wrong, n = check_lines(point, config, data, visit, schedule, logged)
+        wrong, n = check_lines(config, data, point, logged)
         report.say(point, "log", f"{n} lines" if not wrong else f"{len(wrong)} wrong")
         if wrong:
             report.found("log", f"metrics.jsonl: {len(wrong)} lines of chunk {visit.chunk} do not"
                                 " follow from config and data order, the first is step"
                                 f" {wrong[0]}.")
-        if k and visit.chunk in chunks and points[k - 1].visit == point.visit - 1:
+        if k and visit.chunk in chunks and points[k - 1].number == point.number - 1:
             steps, values = losses[k - 1, chunks.index(visit.chunk)]
             lines = [logged.get(visit.first_step + int(s) + 1, {}).get("loss") for s in steps]
             whole = values.shape[1] == config.global_batch_size
@@ -353,12 +343,12 @@ def check_log(config: Config, data: Data, points: list[Point], chunks: list[int]
                                 f" sequences they are said to be of: correlation {r:.2f}.")
 
 
-def check_lines(point: Point, config: Config, data: Data, visit: Visit, schedule: list[Visit],
-                logged: dict) -> tuple[list[int], int]:
+def check_lines(config: Config, data: Data, point: Point, logged: dict) -> tuple[list[int], int]:
     """The steps of a visit whose line contradicts config and data order, and how many lines it
     has. The mean over sources is the loss, and a source has one if the step read of it."""
     own = with_recorded(config, point.manifest["config"])  # a rate may change at a resume
-    total, batch, names = sum(v.steps for v in schedule), own.global_batch_size, data.sources
+    visit, batch, names = point.visit, own.global_batch_size, data.sources
+    total = sum(data.steps_per_chunk(batch))
     sources = np.asarray(data.chunk(visit.chunk)["source"])
     wrong, n = [], 0
     for s in range(visit.steps):
@@ -379,11 +369,7 @@ def check_lines(point: Point, config: Config, data: Data, visit: Visit, schedule
     return wrong, n
 
 
-# ---------------------------------------------------------------------------------------------
-
-
 def table(report: Report) -> str:
-    """One line per checkpoint, one column per check."""
     columns = ("files", "twins", "path", "trace", "log")
     lines = [f"{'checkpoint':<12}" + "".join(f"{name:>16}" for name in columns)]
     for name, cells in report.cells.items():
@@ -396,8 +382,7 @@ def main(argv: list[str]) -> None:
     if flags["sequences"] < 0 or flags["batch"] < 1:
         raise UserError("--sequences must be 0 or more (0: no losses), and --batch 1 or more.")
     if flags["replay"]:
-        replay.replay_all(config, flags["replay"])
-        return
+        return replay.replay_all(config, flags["replay"])
     report = audit(config, flags)
     if rank() == 0:
         print(table(report))
@@ -407,8 +392,8 @@ def main(argv: list[str]) -> None:
         if not report.findings:
             print(f"{config.run_dir}: {len(report.cells)} checkpoints, nothing found.")
             return
-        sentences = [f"{f['check']}: {f['sentence']}" for f in report.findings]
-        raise UserError("\n".join([f"{config.run_dir}: {len(sentences)} findings.", *sentences]))
+        lines = [f"{found['check']}: {found['sentence']}" for found in report.findings]
+        raise UserError("\n".join([f"{config.run_dir}: {len(lines)} findings.", *lines]))
 
 
 if __name__ == "__main__":

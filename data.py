@@ -122,7 +122,8 @@ class Data:
         return [chunk["sequences"] // batch for chunk in self.manifest["chunks"]]
 
     def verify(self) -> list[str]:
-        """Every file against its sha256 in the manifest: what is wrong, one sentence each."""
+        """Every file against its sha256 in the manifest, then every sequence (see
+        `unexpected_sequences`): what is wrong, one sentence each."""
         problems = []
         # Data that was prepared before there was lookup.py has no index of documents.
         files = [*self.manifest["chunks"], *self.manifest["valid"], self.manifest["tokenizer"],
@@ -133,7 +134,7 @@ class Data:
                 problems.append(f"{path} is missing.")
             elif (found := sha256_file(path)) != file["sha256"]:
                 problems.append(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
-        return problems
+        return problems or unexpected_sequences(self)
 
 
 def load_data(directory: str | Path) -> Data:

@@ -13,7 +13,6 @@ import bisect
 import functools
 import json
 import shlex
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from configs import Config, UserError, load, run_command
+from configs import Config, UserError, load, run_command, with_recorded
 from data import Data, Visit, chunk_schedule, load_data, read_json, step_sequences, step_to_visit
 from model import LLaMA, build_for_inference, choose_kernels
 from prepare_data import Source, dealt_sequences
@@ -58,16 +57,6 @@ def show_step(config: Config, step: int) -> None:
         print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
               f" {json.dumps(text, ensure_ascii=False)}")
         print(f"{'':<16} {origin(data, visit.chunk, i, 0, data.seq_len + 1)}")
-
-
-def settings_of_run(config: Config) -> Config:
-    """The config, with what the run itself has recorded."""
-    # That comes before the config: it may have changed since, or another --seed was given when the
-    # run was started. Without a run the config says what a run would read.
-    recorded = read_json(Path(config.run_dir) / "config.json")
-    here = {"name", "data_dir", "run_dir", "device", "kernels"}  # where it is looked up
-    own = {field.name for field in fields(Config)} - here
-    return replace(config, **{key: recorded[key] for key in own & recorded.keys()})
 
 
 def schedule_of(config: Config, data: Data) -> list[Visit]:
@@ -320,7 +309,9 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, step=0, find="", outliers=False)
-    config = settings_of_run(config)
+    # What the run itself has recorded comes before the config: that may have changed since, or
+    # another --seed was given. Without a run the config says what one would read.
+    config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
     # The words and not the values: --step=0 and --find= must be refused, and are the defaults.
     asked = {argument.lstrip("-").partition("=")[0] for argument in argv}
     if "step" in asked:
