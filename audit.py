@@ -65,6 +65,9 @@ def audit(config: Config, flags: dict[str, Any]) -> Report:
     train.init_distributed(config)
     data, report = load_data(config.data_dir), Report()
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
+    if data.n_vocab > config.vocab_size or data.seq_len > config.seq_len:
+        raise UserError(f"{config.data_dir} has {data.n_vocab} token ids in sequences of"
+                        f" {data.seq_len}: more than this model was made for.")
     paths = ckpt.select_checkpoints(config.run_dir, flags["checkpoints"] or "all")
     chunks = choose_chunks(flags["chunks"], chunk_numbers(data))
     schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
@@ -74,8 +77,7 @@ def audit(config: Config, flags: dict[str, Any]) -> Report:
         if not name:
             raise UserError(f"{path} is not called ckpt_NUMBER: an audit is of checkpoints at the"
                             " end of a chunk, and the number says which chunk that is.")
-        number = int(name[1])
-        points.append(Point(path, ckpt.read_manifest(path), number, visits.get(number)))
+        points.append(Point(path, ckpt.read_manifest(path), int(name[1]), visits.get(int(name[1]))))
     points.sort(key=lambda point: point.number)
     check_files(config, data, points, report)
     if rank() == 0:
@@ -248,8 +250,7 @@ def measure_losses(config: Config, data: Data, points: list[Point], chunks: list
     """By (point, chunk): the steps drawn and their losses (steps, sequences), in nats. torchrun's
     processes share the checkpoints.
 
-    Nothing is kept from one audit to the next: a file in the run would be the run's own word.
-    """
+    Nothing is kept for the next audit: a file in the run would be the run's own word."""
     choose_kernels(config.kernels)
     model, mine = build_for_inference(config), {}
     for i in tqdm(range(rank(), len(points), world_size()), desc="losses", unit="checkpoint",
@@ -389,11 +390,10 @@ def main(argv: list[str]) -> None:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # published weights have no run
         write_json(Path(config.run_dir) / "audit.json",
                    {"checkpoints": report.cells, "findings": report.findings})
-        if not report.findings:
-            print(f"{config.run_dir}: {len(report.cells)} checkpoints, nothing found.")
-            return
         lines = [f"{found['check']}: {found['sentence']}" for found in report.findings]
-        raise UserError("\n".join([f"{config.run_dir}: {len(lines)} findings.", *lines]))
+        if lines:
+            raise UserError("\n".join([f"{config.run_dir}: {len(lines)} found.", *lines]))
+        print(f"{config.run_dir}: {len(report.cells)} audited, nothing found.")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_an_honest_run_raises_nothing_and_ends_with_a_sentence(
         exam: Path, capsys: pytest.CaptureFixture) -> None:
     audit.main([str(exam / "exam.py")])
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].endswith("run: 6 checkpoints, nothing found.") and len(said) == 8
+    assert said[-1].endswith("run: 6 audited, nothing found.") and len(said) == 8
     assert re.fullmatch(r"ckpt_003 +ok +none +[+]0\.\d\d +-0\.\d{3} ± 0\.\d{3} +20 lines", said[4])
     assert read_json(exam / "run/audit.json")["findings"] == []
     assert findings(exam, sequences=0) == findings(exam, chunks="1,3,4", sequences=32) == []
@@ -109,7 +109,7 @@ def test_published_directories_are_audited_by_their_weights(
              "--checkpoints=" + ",".join(str(hub / f"ckpt_00{i}") for i in range(1, 6))]
     audit.main(words)
     said = capsys.readouterr().out
-    assert "5 checkpoints, nothing found" in said and said.count("no manifest") == 5
+    assert "5 audited, nothing found" in said and said.count("no manifest") == 5
     for a, b in (("2", "aside"), ("4", "2"), ("aside", "4")):
         (hub / f"ckpt_00{a}").rename(hub / f"ckpt_00{b}")
     with pytest.raises(UserError, match="ckpt_002 has learned from chunk 4 .* after chunk 4"):
@@ -120,8 +120,10 @@ def test_published_directories_are_audited_by_their_weights(
     (hub / "ckpt_004").rename(hub / "main")
     with pytest.raises(UserError, match="main is not called ckpt_NUMBER"):
         audit.main([*words[:2], f"--checkpoints={hub / 'main'}"])
+    with pytest.raises(UserError, match="has 1024 token ids in sequences of 64: more than"):
+        audit.main([str(exam / "exam.py"), "--vocab_size=200", f"--run_dir={tmp_path / 'other'}"])
     audit.main([*words[:2], f"--checkpoints={hub / 'ckpt_001'}"])  # one alone
-    assert "1 checkpoints, nothing found" in capsys.readouterr().out
+    assert "1 audited, nothing found" in capsys.readouterr().out
 
 
 def test_every_file_that_differs_is_named(
@@ -155,7 +157,7 @@ def test_manifests_that_do_not_fit_each_other(
         manifest.pop("sha256")
         manifest[key] = value
         write_json(path, manifest | {"sha256": sha256_json(manifest)})
-        with pytest.raises(UserError, match=f"1 findings.\nfiles: .*ckpt_001: .*{sentence}"):
+        with pytest.raises(UserError, match=f"1 found.\nfiles: .*ckpt_001: .*{sentence}"):
             audit.main(argv(home, tmp_path / "run", sequences=0))
 
 
