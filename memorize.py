@@ -91,6 +91,17 @@ def count_matches(token_ids: np.ndarray, flags: dict, model: LLaMA) -> list[int]
     return counts
 
 
+@torch.inference_mode()
+def sequence_losses(model: LLaMA, token_ids: np.ndarray, batch: int) -> np.ndarray:
+    """The mean loss of each whole sequence of ids (R, T + 1), in nats: float32 (R,)."""
+    tokens = torch.from_numpy(token_ids.astype(np.int64))
+    losses = []
+    for part in tokens.to(model.lm_head.weight.device).split(batch):
+        _, token_losses = model(part[:, :-1], part[:, 1:])  # (B, T)
+        losses.append(token_losses.mean(1).cpu())
+    return torch.cat(losses).numpy()
+
+
 def draw_sequences(config: Config, data: Data, chunk: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to n different sequences of a chunk: their ids (R,) in ascending order, and themselves."""
     sequences = data.chunk(chunk)
