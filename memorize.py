@@ -371,7 +371,7 @@ def summary_text(summary: dict[str, Any]) -> str:
              " checkpoint, a column per chunk; | behind the latest seen",
              *heat_map(summary, 100 * cell_means(summary, "score"), 1)]
     if min(np.shape(summary["ages"])) > 1:
-        lines += ["by how many nats the loss is below the levels of its checkpoint and its chunk",
+        lines += ["by how many nats the loss is below the levels of its checkpoint and chunk",
                   *heat_map(summary, -double_center(cell_means(summary, "loss")), 2)]
     labels = {"seen": "{}", "effects": "{} against unseen", "by_source": "source {}",
               "canaries": "canaries planted {} x"}
