@@ -7,11 +7,12 @@
 The first k tokens of a training sequence are the prompt, and the model continues it greedily by l
 tokens. The score of the sequence is the share of these l positions where the model's token is the
 true one; a sequence of score 1 is k-extractible (Biderman et al. 2023; LLM360 paper, section 4.3).
-Chunks that a checkpoint has not seen yet are the control, which tells memory from what is easy to
-guess. Each cell of the grid of checkpoints and chunks is a line of runs/NAME/memorization.jsonl,
-the summary is memorization.json, and tools/report.py draws it.
+The loss of the whole sequence is measured too: it sees far weaker traces of the training. Chunks
+that a checkpoint has not seen yet are the control, which tells memory from what is easy to guess.
+Each cell of the grid of checkpoints and chunks is a line of runs/NAME/memorization.jsonl, the
+summary is memorization.json, and tools/report.py draws it.
 
-A `grid` has for each of N chunks the agreeing positions, 0 ... l, (C checkpoints, R sequences).
+A `Grid` has for each quantity and each of N chunks the values (C checkpoints, R sequences).
 """
 
 import functools
@@ -30,65 +31,36 @@ from configs import Config, UserError, load, run_command
 from data import Data, chunk_schedule, load_data, write_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels
 
-PASS_TOKENS = 256  # a forward pass over fewer is no faster: reading the weights takes the time
+Grid = dict[str, list[np.ndarray]]
+
 ONLY = np.ones((1, 1))  # the weight of a grid's only cell
+THIRDS = ("early", "middle", "late")  # of the chunks
+N_CONTROLS = 1023  # random sequences that are nowhere in the data: exposure ends at 10 bits
 
 
 @torch.inference_mode()
-def greedy_matches(model: LLaMA, sequences: Tensor, k: int) -> Tensor:
-    """Where greedy decoding after k tokens agrees with sequences (B, k + l): bool (B, l)."""
-    # The result is that of plain greedy decoding, token for token, in fewer passes: only behind its
-    # first disagreement does a sequence have to be decoded token by token.
+def greedy_matches(model: LLaMA, sequences: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Where greedy decoding after k tokens agrees with sequences (B, k + l): bool (B, l); and the
+    log-probability of their last l tokens given what is before, in nats: float32 (B,)."""
     n, total = sequences.shape
-    text = sequences.clone()  # (B, k + l): the prompts and, in the end, what the model writes
-    order = torch.arange(n, device=text.device)  # text[i] belongs to sequences[order[i]]
-    diverged_at = torch.full_like(order, total)  # position of the first disagreement of text[i]
+    true = sequences[:, k:]  # (B, l)
     cache = KVCache(model, n, total)
-
-    # First: how far does the model agree? While it has agreed with a sequence, what it goes on from
-    # is the sequence itself, so one pass over a block of true tokens (teacher forcing) gives its
-    # choice at every position of the block. Only sequences that still agree are read on. They are
-    # kept behind the others, so that they are one slice of the text and of the cache.
-    n_diverged, fed, begin = 0, 0, k
-    while begin < total and n_diverged < n:
-        # Blocks double: most sequences of ordinary text disagree soon, and one that has agreed for
-        # long is likely to go on. A few sequences may have long blocks from the beginning.
-        end = min(total, begin + max(begin - k, 4, PASS_TOKENS // n))
-        logits = model(text[n_diverged:, fed : end - 1], cache=cache.window(n_diverged, fed),
-                       logits_to_keep=end - begin)
-        guess = logits.float().argmax(-1)  # (sequences that agree, end - begin)
-        wrong = guess != text[n_diverged:, begin:end]
-        first_wrong = torch.where(wrong.any(1), begin + wrong.int().argmax(1), total)
-        # The guess is what the model writes up to and with the first disagreement. It means
-        # nothing behind it, but there the token is written anew below.
-        text[n_diverged:, begin:end] = guess
-        diverged_at[n_diverged:], by_position = first_wrong.sort()
-        for kept in (order, text, *cache.k, *cache.v):  # layer by layer: a cache can be large
-            kept[n_diverged:] = kept[n_diverged:][by_position]
-        n_diverged = int((diverged_at < total).sum())
-        fed, begin = end - 1, end
-
-    # Then: the others are decoded token by token, each from its disagreement on. The text is now
-    # sorted by that, so those to decode stand first at every position. What the cache holds of true
-    # tokens behind a disagreement is overwritten.
-    for position in range(int(diverged_at[0]) + 1, total):
-        n_decoded = int((diverged_at < position).sum())
+    # While greedy decoding has agreed with a sequence, what it goes on from is the sequence itself.
+    # So one pass over the true tokens (teacher forcing) gives its choices up to and with the first
+    # disagreement. What they are behind it means nothing; there they are made anew below.
+    logits = model(sequences[:, :-1], cache=cache, logits_to_keep=total - k).float()  # (B, l, V)
+    log_p = logits.gather(-1, true[..., None])[..., 0] - logits.logsumexp(-1)  # (B, l)
+    text = torch.cat([sequences[:, :k], logits.argmax(-1)], dim=1)  # (B, k + l)
+    wrong = text[:, k:] != true
+    diverged_at = torch.where(wrong.any(1), k + wrong.int().argmax(1), total)  # (B,) positions
+    # All of the batch is decoded from its first disagreement on, because few sequences agree for
+    # long. Those that do keep their tokens, and the cache is overwritten with what it held.
+    for position in range(int(diverged_at.min()) + 1, total):
         cache.length = position - 1
-        logits = model(text[:n_decoded, position - 1 : position], cache=cache, logits_to_keep=1)
-        text[:n_decoded, position] = logits[:, 0].float().argmax(-1)
-
-    matches = torch.empty_like(text[:, k:], dtype=torch.bool)
-    matches[order] = text[:, k:] == sequences[order, k:]
-    return matches
-
-
-def count_matches(token_ids: np.ndarray, flags: dict, model: LLaMA) -> list[int]:
-    """Agreeing positions, 0 ... l, of each sequence of ids (R, k + l or more)."""
-    tokens = torch.from_numpy(token_ids[:, : flags["k"] + flags["l"]].astype(np.int64))
-    counts = []
-    for batch in tokens.to(model.lm_head.weight.device).split(flags["batch"]):
-        counts += greedy_matches(model, batch, flags["k"]).sum(1).tolist()
-    return counts
+        logits = model(text[:, position - 1 : position], cache=cache, logits_to_keep=1)
+        choice = logits[:, 0].float().argmax(-1)  # (B,)
+        text[:, position] = torch.where(diverged_at < position, choice, text[:, position])
+    return text[:, k:] == true, log_p.sum(1)
 
 
 @torch.inference_mode()
@@ -112,26 +84,41 @@ def draw_sequences(config: Config, data: Data, chunk: int, n: int) -> tuple[np.n
     return ids, sequences[ids]
 
 
-def measure_chunk(config: Config, data: Data, chunk: int, flags: dict, model: LLaMA) -> list[int]:
-    """One cell of the grid: agreeing positions of the sequences drawn from a chunk."""
+def measure(token_ids: np.ndarray, flags: dict, model: LLaMA) -> dict[str, list]:
+    """Of each sequence of ids (R, T + 1): the agreeing positions, 0 ... l; the log-probability of
+    the l tokens after the prompt, in nats; the loss of the whole sequence, in nats per token."""
+    k, end = flags["k"], flags["k"] + flags["l"]
+    tokens = torch.from_numpy(token_ids[:, :end].astype(np.int64))
+    result: dict[str, list] = {"matches": [], "suffix_log_p": []}
+    for batch in tokens.to(model.lm_head.weight.device).split(flags["batch"]):
+        matches, log_p = greedy_matches(model, batch, k)
+        result["matches"] += matches.sum(1).tolist()
+        result["suffix_log_p"] += [round(x, 5) for x in log_p.tolist()]
+    # Whole sequences are longer, so fewer of them fit into the same memory.
+    losses = sequence_losses(model, token_ids, max(1, flags["batch"] * end // token_ids.shape[1]))
+    return result | {"loss": [round(x, 5) for x in losses.tolist()]}
+
+
+def measure_chunk(config: Config, data: Data, chunk: int, flags: dict, model: LLaMA) -> dict:
+    """One cell of the grid: what `measure` finds of the sequences drawn from a chunk."""
     _, sequences = draw_sequences(config, data, chunk, flags["sequences"])
-    return count_matches(sequences["token_ids"], flags, model)
+    return measure(sequences["token_ids"], flags, model)
 
 
-def measure_canaries(config: Config, data: Data, flags: dict, model: LLaMA) -> dict[str, Any]:
-    """Figures of the random sequences that are planted in the data, by how often they are there."""
-    planted = []
-    for i, chunk in enumerate(data.manifest["chunks"]):
-        # Of a chunk's sources they are the last.
-        planted.append(data.chunk(i)["token_ids"][-chunk["sources"]["canary"] :])
-    sequences, times = np.unique(np.concatenate(planted), axis=0, return_counts=True)
-    # The control, 0 times: sequences of the same kind that are nowhere in the data.
-    random = np.random.default_rng(config.seed)
-    control = random.integers(config.vocab_size, size=(32, data.seq_len + 1))
-    result = {"0": count_matches(control, flags, model)}
-    for n in np.unique(times).tolist():
-        result[str(n)] = count_matches(sequences[times == n], flags, model)
-    return {n: mean_and_stderr([np.array([m])], flags["l"], ONLY) for n, m in result.items()}
+def find_canaries(config: Config, data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random sequences (R, T + 1), first the controls, which are nowhere in the data; how often
+    each is planted there (R,); in which third of the chunks, 0 ... 2, for the last time (R,)."""
+    random, chunks = np.random.default_rng(config.seed), data.manifest["chunks"]
+    controls = random.integers(config.vocab_size, size=(N_CONTROLS, data.seq_len + 1))
+    # Of a chunk's sources the planted ones are the last, and every chunk has as many.
+    planted = [data.chunk(i)["token_ids"][-chunk["sources"]["canary"] :]
+               for i, chunk in enumerate(chunks)]
+    sequences, which, times = np.unique(np.concatenate(planted), axis=0, return_inverse=True,
+                                        return_counts=True)
+    last = np.zeros(len(times), int)
+    np.maximum.at(last, which.ravel(), np.repeat(np.arange(len(chunks)), len(planted[0])))
+    return (np.concatenate([controls, sequences]), np.pad(times, (N_CONTROLS, 0)),
+            np.pad(3 * last // len(chunks), (N_CONTROLS, 0)))
 
 
 def chunk_numbers(data: Data) -> list[int]:
@@ -170,29 +157,49 @@ def ages(config: Config, data: Data, checkpoints: list[dict], chunks: list[int])
 # statistics of a grid
 
 
-def mean_and_stderr(grid: list[np.ndarray], length: int, weights: np.ndarray) -> dict[str, float]:
-    """The cells' means, summed with weights (C, N), and the standard error of that sum: of the
-    score and of the share of extractible sequences."""
-    asked = [(matches, w) for matches, w in zip(grid, weights.T) if w.any()]
-    result: dict[str, float] = {"sequences": sum(matches.shape[1] for matches, _ in asked)}
-    for key in ("score", "extractible"):
-        mean, variance = 0.0, 0.0
-        for matches, w in asked:
-            # Scores of one sequence at several checkpoints are correlated, so a sequence is one
+def make_grid(cells: list[list[dict]], length: int) -> Grid:
+    """The quantities, from what `measure` found of each chunk at each checkpoint."""
+    found = {}
+    for key in ("matches", "suffix_log_p", "loss"):
+        found[key] = [np.array([result[key] for result in results]) for results in cells]  # (C, R)
+    matches = found.pop("matches")
+    return {"score": [m / length for m in matches],
+            "extractible": [(m == length).astype(float) for m in matches], **found}
+
+
+def select(grid: Grid, masks: list[np.ndarray]) -> Grid:
+    """The grid of some sequences alone: masks, N of (R,)."""
+    return {key: [values[:, mask] for values, mask in zip(chunks, masks)]
+            for key, chunks in grid.items()}
+
+
+def mean_and_stderr(values: list[np.ndarray], weights: np.ndarray) -> tuple[float, float]:
+    """The means of N chunks' values (C, R), summed with weights (C, N), and its standard error."""
+    mean, variance = 0.0, 0.0
+    for chunk, w in zip(values, weights.T):
+        if w.any():
+            # Values of one sequence at several checkpoints are correlated, so a sequence is one
             # draw: what all checkpoints make of it together is one number.
-            values = matches / length if key == "score" else matches == length  # (C, R)
-            drawn = w @ values  # (R,)
+            drawn = w @ chunk  # (R,)
             mean += drawn.mean()
             # Chunks are independent draws, so their variances add up.
             variance += drawn.var(ddof=1) / len(drawn) if len(drawn) > 1 else 0
-        result |= {key: float(mean), f"{key}_se": math.sqrt(variance)}
+    return float(mean), math.sqrt(variance)
+
+
+def figures(grid: Grid, weights: np.ndarray) -> dict[str, float]:
+    """`mean_and_stderr` of every quantity, and of how many sequences."""
+    sizes = np.array([values.shape[1] for values in grid["loss"]])
+    result: dict[str, float] = {"sequences": int(sizes[weights.any(0)].sum())}
+    for key, values in grid.items():
+        result[key], result[f"{key}_se"] = mean_and_stderr(values, weights)
     return result
 
 
-def average(grid: list[np.ndarray], length: int, chosen: np.ndarray) -> dict[str, float]:
-    """`mean_and_stderr` of all scores together in the cells that are chosen, bool (C, N)."""
-    weights = chosen * np.array([matches.shape[1] for matches in grid])
-    return mean_and_stderr(grid, length, weights / weights.sum())
+def average(grid: Grid, chosen: np.ndarray) -> dict[str, float]:
+    """`figures` of all sequences together in the cells that are chosen, bool (C, N)."""
+    weights = chosen * np.array([values.shape[1] for values in grid["loss"]])
+    return figures(grid, weights / weights.sum())
 
 
 def double_center(values: np.ndarray) -> np.ndarray:
@@ -202,22 +209,73 @@ def double_center(values: np.ndarray) -> np.ndarray:
     return values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
 
 
-def effects(grid: list[np.ndarray], length: int, age: np.ndarray) -> dict[str, dict[str, float]]:
-    """What having seen a chunk adds to its score: "latest" (age 0), "earlier", against unseen."""
-    # Least squares of score = level of checkpoint + level of chunk + effect of the age. Regressing
-    # on the columns of the two ages alone, but double-centered, gives the same effects as doing so
+def age_groups(age: np.ndarray) -> dict[str, np.ndarray]:
+    """The cells of each age from 0 on, bool (C, N); the few of great age are taken together."""
+    return {str(a): age == a for a in range(7)} | {"7 and more": age >= 7}
+
+
+def effects(grid: Grid, columns: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """What it does to every quantity that a cell is in a column (C, N), against those in none."""
+    # Least squares of value = level of checkpoint + level of chunk + effect of the column.
+    # Regressing on the columns alone, but double-centered, gives the same effects as doing so
     # beside a column for each level (Frisch and Waugh 1933).
-    columns = np.stack([double_center(age == 0).ravel(), double_center(age > 0).ravel()], axis=1)
-    columns = columns.round(12)  # (C N, 2); a column of zeros is not one of rounding errors
-    solution = np.linalg.pinv(columns, rcond=1e-6)  # (2, C N): solution @ scores = both effects
-    # With few cells an effect may not be told from the levels or from the other effect: then this
-    # (2, 2) is not the identity, and the effect is left out.
-    told = solution @ columns
+    matrix = np.stack([double_center(column).ravel() for column in columns.values()], axis=1)
+    matrix = matrix.round(12)  # (C N, E); a column of zeros is not one of rounding errors
+    solution = np.linalg.pinv(matrix, rcond=1e-6)  # (E, C N): solution @ values = all E effects
+    # With few cells an effect may not be told from the levels or from another effect: then its row
+    # of this (E, E) is not that of the identity, and the effect is left out.
+    told = solution @ matrix
     result = {}
-    for i, name in enumerate(("latest", "earlier")):
-        if np.allclose(told[i], np.eye(2)[i], atol=1e-6):
-            result[name] = mean_and_stderr(grid, length, solution[i].reshape(age.shape))
+    for i, (name, column) in enumerate(columns.items()):
+        if np.allclose(told[i], np.eye(len(told))[i], atol=1e-6):
+            result[name] = figures(grid, solution[i].reshape(column.shape))
     return result
+
+
+def membership(losses: list[np.ndarray], age: np.ndarray) -> dict[str, dict[str, float]]:
+    """How well a threshold on the loss, N of (C, R), tells the seen sequences of an age from unseen
+    ones: the AUC within a checkpoint, averaged over the checkpoints that have both."""
+    sizes = np.array([chunk.shape[1] for chunk in losses])
+    unseen, result = (age < 0) & (sizes > 0), {}
+    for name, seen in age_groups(age).items():
+        seen = seen & (sizes > 0)
+        both = seen.any(1) & unseen.any(1)  # (C,)
+        # The AUC is the chance that a seen sequence has a lower loss than an unseen one: the mean
+        # share of unseen ones above a seen one, and the mean share of seen ones below an unseen
+        # one. The errors of the two means add up to its error (DeLong et al. 1988). Of ties the
+        # first counts none and the second all, so that each is a half.
+        shares, weights = [np.zeros(chunk.shape) for chunk in losses], np.zeros(age.shape)
+        for c in np.flatnonzero(both):
+            for mine, others, sign, side in ((seen[c], unseen[c], -1, "left"),
+                                             (unseen[c], seen[c], 1, "right")):
+                sample = np.concatenate([losses[i][c] for i in np.flatnonzero(others)]) * sign
+                sample.sort()
+                for i in np.flatnonzero(mine):
+                    shares[i][c] = np.searchsorted(sample, sign * losses[i][c], side) / len(sample)
+                weights[c] += mine * sizes / sizes[mine].sum() / both.sum()
+        if both.any():
+            total, stderr = mean_and_stderr(shares, weights)
+            result[name] = {"auc": total / 2, "auc_se": stderr}
+    return result
+
+
+def describe_canaries(config: Config, data: Data, result: dict, length: int) -> dict[str, Any]:
+    """Figures of the canaries by how often they are planted, and of each third of the run."""
+    _, times, third = find_canaries(config, data)
+    grid = make_grid([[result]], length)
+    # Exposure (Carlini et al. 2019): by how many bits a canary's rank by loss, among sequences that
+    # were never seen, is better than the worst. Chance gives 1.4 bits, the first rank 10.
+    loss = grid["loss"][0]  # (1, R)
+    rank = 1 + np.searchsorted(np.sort(loss[0, :N_CONTROLS]), loss)
+    grid["exposure"] = [np.log2((N_CONTROLS + 1) / rank)]
+    found: dict[str, Any] = {}
+    for n in np.unique(times).tolist():
+        found[str(n)] = figures(select(grid, [times == n]), ONLY)
+        for i, name in enumerate(THIRDS):
+            chosen = (times == n) & (third == i)
+            if n and chosen.any():
+                found[str(n)][name] = figures(select(grid, [chosen]), ONLY)
+    return found
 
 
 def correlations(values: np.ndarray) -> list[list[float | None]]:
@@ -233,87 +291,88 @@ def summarize(config: Config, data: Data, records: list, chunks: list[int], flag
     canaries = [record["result"] for record in records if record["evaluation"] == "canaries"]
     records = [record for record in records if record["evaluation"] != "canaries"]
     checkpoints = records[::n]  # one record of each
-    grid = []
-    for i in range(n):
-        grid.append(np.array([record["result"] for record in records[i::n]]))  # (C, R)
-    together = np.concatenate(grid, axis=1)  # (C, sequences of all chunks)
+    grid = make_grid([[r["result"] for r in records[i::n]] for i in range(n)], length)
+    together = {key: np.concatenate(values, axis=1) for key, values in grid.items()}  # (C, R of N)
     age = ages(config, data, checkpoints, chunks)
+    sources, texts = read_drawn(config, data, chunks, grid["extractible"], flags)
 
     cells = []
     for c in range(len(checkpoints)):
-        cells.append([mean_and_stderr([m[c : c + 1]], length, ONLY) for m in grid])
-    seen, by_age, by_age_beyond_levels = {}, {}, {}
-    for name, chosen in (("seen", age >= 0), ("not yet seen", age < 0)):
-        if chosen.any():
-            seen[name] = average(grid, length, chosen)
-    for a in np.unique(age).tolist():
-        by_age[a] = average(grid, length, age == a)
-        weights = double_center((age == a) / (age == a).sum())
-        by_age_beyond_levels[a] = mean_and_stderr(grid, length, weights)
-
-    # The last checkpoint has seen the most, so it alone is asked for sources, texts and canaries.
-    by_source, texts = describe_last(config, data, chunks, grid, flags)
+        cells.append([figures({key: [values[i][c : c + 1]] for key, values in grid.items()}, ONLY)
+                      for i in range(n)])
+    seen = {name: average(grid, chosen) for name, chosen in
+            (("seen", age >= 0), ("not yet seen", age < 0)) if chosen.any()}
+    last = {key: [values[-1:]] for key, values in together.items()}
+    by_source, by_membership = {}, {"all": membership(grid["loss"], age)}
+    for i, name in enumerate(data.sources):
+        masks = [source == i for source in sources]
+        if np.concatenate(masks).any():
+            by_source[name] = figures(select(last, [np.concatenate(masks)]), ONLY)
+            by_membership[name] = membership(select(grid, masks)["loss"], age)
     return {
-        "k": flags["k"], "l": length,
-        "checkpoints": [record["checkpoint"] for record in checkpoints],
-        "steps": [record["step"] for record in checkpoints],
-        "chunks": [numbers[chunk] for chunk in chunks],
-        "ages": age.tolist(), "cells": cells, "seen": seen,
-        "effects": effects(grid, length, age),
-        "by_age": by_age, "by_age_beyond_levels": by_age_beyond_levels, "by_source": by_source,
-        "histogram": [np.bincount(m, minlength=length + 1).tolist() for m in together],
-        "correlation": {"score": correlations(together),
-                        "extractible": correlations(together == length)},
-        "extractible": texts, "canaries": canaries[-1] if canaries else {},
+        "k": flags["k"], "l": length, "checkpoints": [r["checkpoint"] for r in checkpoints],
+        "chunks": [numbers[chunk] for chunk in chunks], "ages": age.tolist(), "cells": cells,
+        "seen": seen, "effects": effects(grid, {"latest": age == 0, "earlier": age > 0}),
+        "by_age": {a: average(grid, age == a) for a in np.unique(age).tolist()},
+        "forgetting": effects(grid, age_groups(age)),
+        "membership": by_membership, "by_source": by_source,
+        "histogram": [np.bincount(np.rint(scores * length).astype(int),
+                                  minlength=length + 1).tolist() for scores in together["score"]],
+        "correlation": {key: correlations(together[key]) for key in ("score", "extractible")},
+        "extractible": texts,
+        "canaries": describe_canaries(config, data, canaries[-1], length) if canaries else {},
     }
 
 
-def describe_last(config: Config, data: Data, chunks: list[int], grid: list[np.ndarray],
-                  flags: dict) -> tuple[dict, list[dict]]:
-    """Of the last checkpoint: figures by source, and the extractible sequences with their text."""
+def read_drawn(config: Config, data: Data, chunks: list[int], extractible: list[np.ndarray],
+               flags: dict) -> tuple[list[np.ndarray], list[dict]]:
+    """The sources of the drawn sequences, N of (R,), and the text of those that are extractible
+    from the last checkpoint."""
     k, end, numbers = flags["k"], flags["k"] + flags["l"], chunk_numbers(data)
     sources, texts = [], []
-    for chunk, matches in zip(chunks, grid):
+    for chunk, recited in zip(chunks, extractible):
         ids, sequences = draw_sequences(config, data, chunk, flags["sequences"])
-        sources.append(sequences["source"])
-        for i in np.flatnonzero(matches[-1] == flags["l"]):
+        sources.append(sequences["source"].copy())  # not a view of all the tokens
+        for i in np.flatnonzero(recited[-1]):
             tokens = sequences["token_ids"][i]
             texts.append({"chunk": numbers[chunk], "sequence": int(ids[i]),
                           "source": data.sources[sequences["source"][i]],
                           "prompt": data.tokenizer.decode(tokens[:k]),
                           "continuation": data.tokenizer.decode(tokens[k:end])})
-    source, matches = np.concatenate(sources), np.concatenate(grid, axis=1)[-1]
-    by_source = {}
-    for i, name in enumerate(data.sources):
-        if (source == i).any():
-            by_source[name] = mean_and_stderr([matches[None, source == i]], flags["l"], ONLY)
-    return by_source, texts
+    return sources, texts
 
 
-def heat_map(summary: dict[str, Any], columns: int = 10) -> list[str]:
-    """Scores in figures and shades, a line per checkpoint, with a bar behind its latest chunk."""
+def cell_means(summary: dict[str, Any], key: str) -> np.ndarray:
+    """A quantity's mean in every cell, (C, N)."""
+    return np.array([[cell[key] for cell in row] for row in summary["cells"]])
+
+
+def heat_map(summary: dict[str, Any], values: np.ndarray, digits: int) -> list[str]:
+    """Values (C, N) in figures and shades, a line per checkpoint; a bar behind its latest chunk."""
     latest = np.array(summary["ages"]) == 0  # (C, N)
-    scores = np.reshape([cell["score"] for row in summary["cells"] for cell in row], latest.shape)
-    low, spread = scores.min(), scores.max() - scores.min() or 1
-    # Where there are more chunks than columns, neighbours share one, which shows their mean.
-    groups = np.array_split(np.arange(scores.shape[1]), min(columns, scores.shape[1]))
+    low, spread = values.min(), values.max() - values.min() or 1
+    # Of more chunks than ten, neighbours share a column, which shows their mean.
+    groups = np.array_split(np.arange(values.shape[1]), min(10, values.shape[1]))
     heads = [str(summary["chunks"][g[0]]) + "-" * (len(g) > 1) for g in groups]
-    lines = [f"memorization score in % (k = {summary['k']}, l = {summary['l']}); a line per"
-             " checkpoint, a column per chunk; | behind the latest seen",
-             " " * 13 + "".join(f"{head:>5}  " for head in heads)]
+    lines = [" " * 13 + "".join(f"{head:>5}  " for head in heads)]
     for c, name in enumerate(summary["checkpoints"]):
         line = f"{name[-12:]:>12} "
         for group in groups:
-            score = scores[c, group].mean()
-            shade = " ░▒▓█"[round(4 * (score - low) / spread)]
-            line += f"{100 * score:5.1f}{shade}{'|' if latest[c, group].any() else ' '}"
+            value = values[c, group].mean()
+            shade = " ░▒▓█"[round(4 * (value - low) / spread)]
+            line += f"{value:5.{digits}f}{shade}{'|' if latest[c, group].any() else ' '}"
         lines.append(line.rstrip())
     return lines
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The heat map, and what it says in a few lines."""
-    lines = heat_map(summary)
+    """The heat maps, and what they say in a few lines."""
+    lines = [f"memorization score in % (k = {summary['k']}, l = {summary['l']}); a line per"
+             " checkpoint, a column per chunk; | behind the latest seen",
+             *heat_map(summary, 100 * cell_means(summary, "score"), 1)]
+    if min(np.shape(summary["ages"])) > 1:
+        lines += ["by how many nats the loss is below the levels of its checkpoint and chunk",
+                  *heat_map(summary, -double_center(cell_means(summary, "loss")), 2)]
     labels = {"seen": "{}", "effects": "{} against unseen", "by_source": "source {}",
               "canaries": "canaries planted {} x"}
     for kind, label in labels.items():
@@ -323,6 +382,16 @@ def summary_text(summary: dict[str, Any]) -> str:
                          f" {100 * f['score_se']:.2f} %, extractible"
                          f" {100 * f['extractible']:{sign}.2f} ± {100 * f['extractible_se']:.2f} %"
                          f" of {f['sequences']:,} sequences")
+            if "exposure" in f:
+                lines[-1] += f", exposure {f['exposure']:.1f} bits" + "".join(
+                    f", {third} {f[third]['exposure']:.1f}" for third in THIRDS if third in f)
+    for name in summary["membership"]["all"] | summary["forgetting"]:
+        parts = []
+        if f := summary["forgetting"].get(name):
+            parts.append(f"loss {f['loss']:+.3f} ± {f['loss_se']:.3f} nats against unseen")
+        if f := summary["membership"]["all"].get(name):
+            parts.append(f"AUC {f['auc']:.3f} ± {f['auc_se']:.3f}")
+        lines.append(f"{'age ' + name:>24}: {', '.join(parts)}")
     names, correlation = summary["checkpoints"], summary["correlation"]["score"][0][-1]
     if len(names) > 1 and correlation is not None:
         lines.append(f"{'same sequences':>24}: correlation {correlation:.2f} between the scores of"
@@ -367,13 +436,13 @@ def main(argv: list[str]) -> None:
 
     # A cell is measured again only if the weights or one of these inputs have changed.
     inputs = {"k": flags["k"], "l": flags["l"], "sequences": flags["sequences"],
-              "seed": config.seed, "data": data.sha256}
+              "seed": config.seed, "data": data.sha256, "result": "matches, suffix_log_p, loss"}
     evaluations = []
     for chunk in chunks:
         run = functools.partial(measure_chunk, config, data, chunk, flags)
         evaluations.append(Evaluation(f"chunk {numbers[chunk]}", inputs, run))
     if "canary" in data.sources:
-        run = functools.partial(measure_canaries, config, data, flags)
+        run = functools.partial(measure, find_canaries(config, data)[0], flags)
         evaluations.append(Evaluation("canaries", inputs, run))
 
     choose_kernels(config.kernels)

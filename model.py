@@ -6,7 +6,6 @@ ours load in transformers. They are always float32. `dtype` is the type of the a
 is cast where it is used, and the residual stream has that type.
 """
 
-import copy
 import ctypes
 import math
 import os
@@ -78,19 +77,12 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=model.dtype, device=device)  # (L, B, size, K, h)
         self.length = 0  # positions filled in every layer; Decoder moves it on
 
-    def window(self, first: int, length: int) -> "KVCache":
-        """The sequences from `first` on with `length` positions filled, in the same memory."""
-        part = copy.copy(self)
-        part.k, part.v, part.length = self.k[:, first:], self.v[:, first:], length
-        return part
-
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, K, h) to the first B sequences; returns theirs (B, S, K, h)."""
-        B, T = k.shape[:2]
-        S = self.length + T
-        self.k[layer, :B, self.length : S] = k
-        self.v[layer, :B, self.length : S] = v
-        return self.k[layer, :B, :S], self.v[layer, :B, :S]  # (B, S, K, h) each
+        """Append k and v (B, T, K, h); returns all that there are (B, S, K, h)."""
+        S = self.length + k.shape[1]
+        self.k[layer, :, self.length : S] = k
+        self.v[layer, :, self.length : S] = v
+        return self.k[layer, :, :S], self.v[layer, :, :S]  # (B, S, K, h) each
 
 
 class Attention(nn.Module):

@@ -474,7 +474,8 @@ def dealt_sequences(config: Config, source: Source, chunk: int) -> np.ndarray:
 
 
 def plant_canaries(work: Work, number: int) -> Source:
-    """A source of random ids, each sequence of them as often as `canaries` says."""
+    """A source of random ids, each sequence of them as often as `canaries` says, and all of that
+    in one third of the run."""
     # Nobody can guess random ids: what a model knows of them it has memorized.
     config, width = work.config, work.config.seq_len + 1
     random = np.random.default_rng([config.seed, 0, 64])
@@ -482,14 +483,22 @@ def plant_canaries(work: Work, number: int) -> Source:
     for times, n in sorted(config.canaries.items()):
         copies += np.repeat(len(different) + np.arange(n), times).tolist()
         different += [*random.integers(config.vocab_size, size=(n, width))]
+    per_chunk = len(copies) // config.n_chunks
+    n = per_chunk * config.n_chunks
+    copies = np.random.default_rng([config.seed, 1, 64]).permutation(copies)[:n]
+    # Whether a text that was seen early is remembered at the end is half of the question. So the
+    # canaries belong to the early, the middle and the late chunks in turn: ordered by that, the
+    # first copies are for chunk 0, the next for chunk 1, ...
+    by_phase = copies[np.argsort(copies % 3, kind="stable")]
+    # ... and as sequences are dealt round-robin, they are written across the chunks.
+    dealt = by_phase.reshape(config.n_chunks, per_chunk).T.ravel()  # (n,): chunk 0, 1, ..., 0, 1
     with data.writing(work.parts / "canary.bin") as f:
-        for i in np.random.default_rng([config.seed, 1, 64]).permutation(copies):
+        for i in dealt:
             f.write(different[i].astype(work.ids_dtype).tobytes())
-    n = len(copies)
     entry = {"name": "canary", "weight": 1, "documents": 0, "bytes": 0, "tokens": n * width,
              "repaired": 0, "dropped": {}, "sequences": n, "tail_tokens": 0}
     return Source(number, [("canary.bin", n * width)], [], n, n_held_out=0, weight=1,
-                  entry=entry, per_chunk=n // config.n_chunks)
+                  entry=entry, per_chunk=per_chunk)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from launch import ranks
 import kernels
 from configs import Config, ModelConfig, UserError, load
 from model import (
-    KVCache,
     LLaMA,
     build_for_inference,
     choose_device,
@@ -215,17 +214,6 @@ def test_cached_generation_equals_full_recomputation() -> None:
             for _ in range(12):
                 sequence.append(int(net(torch.tensor([sequence]))[0, -1].argmax()))
             assert continuation == sequence[n:]
-
-
-def test_a_window_of_the_cache_is_a_cache_of_its_sequences() -> None:
-    net, x = small(), ids(3, 8)
-    whole = net(x)
-    cache = KVCache(net, 3, 8)
-    net(x[:, :5], cache=cache)
-    last = net(x[1:, 5:], cache=cache.window(1, 5))
-    torch.testing.assert_close(last, whole[1:, 5:], rtol=1e-4, atol=1e-5)
-    # The first sequences alone may go on, too, and the window has left them as they were.
-    torch.testing.assert_close(net(x[:1, 5:], cache=cache), whole[:1, 5:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_continuation_ends_at_eos_and_the_random_state_is_kept() -> None:

@@ -411,6 +411,23 @@ def test_canaries_are_there_as_often_as_they_should(tmp_path: Path, sources: dic
         assert all(np.array_equal(a, b) for a, b in zip(found, other))
 
 
+def test_each_canary_has_a_third_of_the_run_to_itself(tmp_path: Path, sources: dict) -> None:
+    data = prepare(tmp_path, sources=sources, n_chunks=6, canaries={1: 6, 4: 3, 12: 3})
+    chunks, _ = sequences_of(data, "canary")
+    assert [len(chunk) for chunk in chunks] == [9] * 6
+    where: dict[tuple, list[int]] = {}
+    for number, chunk in enumerate(chunks):
+        for canary in chunk:
+            where.setdefault(tuple(canary), []).append(number)
+    thirds = [{number // 2 for number in numbers} for numbers in where.values()]
+    assert all(len(third) == 1 for third in thirds)
+    found = Counter((len(numbers), *third) for numbers, third in zip(where.values(), thirds))
+    assert found == {(times, third): 2 if times == 1 else 1
+                     for times in (1, 4, 12) for third in range(3)}
+    # Within a third they are scattered: those planted 12 times are in both of its chunks.
+    assert all(len({*numbers}) == 2 for numbers in where.values() if len(numbers) == 12)
+
+
 def test_a_source_may_be_called_canary_where_none_are_planted(tmp_path: Path,
                                                              sources: dict) -> None:
     files = {"canary": sources["web"]}

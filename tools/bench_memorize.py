@@ -51,7 +51,7 @@ def their_matches(theirs: LlamaForCausalLM, sequences: Tensor, batch: int) -> Te
 
 
 def our_matches(ours: LLaMA, sequences: Tensor, batch: int) -> Tensor:
-    return torch.cat([greedy_matches(ours, part, K) for part in sequences.split(batch)])
+    return torch.cat([greedy_matches(ours, part, K)[0] for part in sequences.split(batch)])
 
 
 def make_sequences(ours: LLaMA, n: int, share: float, batch: int) -> Tensor:

@@ -4,7 +4,7 @@
 
 curves.png        training loss by source; bits per byte and accuracy of every checkpoint measured
 stages.png        for a run that goes on from another (Crystal): bits per byte through all of them
-memorization.png  what memorize.py found: scores by checkpoint and chunk, and by age
+memorization.png  what memorize.py found: scores and losses by checkpoint and chunk, and by age
 """
 
 import re
@@ -21,6 +21,7 @@ from checkpoint import list_checkpoints, read_manifest, read_records, weights_ha
 from configs import UserError, run_command
 from data import read_json
 from eval import by_checkpoint, published_scores, value
+from memorize import cell_means, double_center
 
 Points = list[tuple[float, float]]  # (tokens or FLOPs, value)
 
@@ -152,7 +153,7 @@ def draw_memorization(path: Path, summary: dict[str, Any]) -> None:
     labels = [re.sub(r"^ckpt_0*(?=\d)", "", name) for name in names]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
 
-    def image(axis: Any, values: list[list[float]], title: str, columns: list) -> None:
+    def image(axis: Any, values: Any, title: str, columns: list) -> None:
         values = np.array(values, float)  # a correlation that is not defined (None) becomes NaN
         high = None if values.any() else 1  # a scale for nothing but zeros
         shown = axis.imshow(values, aspect="auto", origin="lower", vmax=high)
@@ -161,21 +162,18 @@ def draw_memorization(path: Path, summary: dict[str, Any]) -> None:
         axis.set(title=title, ylabel="checkpoint", yticks=range(len(labels)), yticklabels=labels,
                  xticks=ticks, xticklabels=[columns[i] for i in ticks])
 
-    for axis, key in zip(axes[0], ("score", "extractible")):
-        percent = [[100 * cell[key] for cell in line] for line in summary["cells"]]
-        image(axis, percent, f"{key}, %, by chunk", chunks)
+    image(axes[0, 0], 100 * cell_means(summary, "score"), "score, %, by chunk", chunks)
+    image(axes[0, 1], -double_center(cell_means(summary, "loss")),
+          "loss, nats below the levels, by chunk", chunks)
     image(axes[0, 2], summary["correlation"]["score"], "correlation of the sequences' scores",
           labels)
-    # With several of both, the level of each checkpoint and of each chunk can be taken off.
-    several = min(len(names), len(chunks)) > 1
-    by_age = summary["by_age_beyond_levels" if several else "by_age"]
-    axes[1, 0].errorbar([int(age) for age in by_age],
-                        [100 * figures["score"] for figures in by_age.values()],
-                        [100 * figures["score_se"] for figures in by_age.values()])
-    axes[1, 0].axvline(-0.5, color="grey", linestyle=":")
-    axes[1, 0].set(xlabel="chunks since it was seen (< 0: not yet)",
-                   ylabel="score, % over levels" if several else "score, %",
-                   title="levels of checkpoints and chunks taken off" if several else "")
+    # With few checkpoints or chunks, ages cannot be told from levels: then all ages as they are.
+    by_age = summary["forgetting"] or summary["by_age"]
+    axes[1, 0].errorbar([age.replace(" and more", "+") for age in by_age],
+                        [figures["loss"] for figures in by_age.values()],
+                        [figures["loss_se"] for figures in by_age.values()], marker=".")
+    axes[1, 0].set(xlabel="age: chunks since it was seen", ylabel="loss, nats",
+                   title="loss against unseen chunks" if summary["forgetting"] else "")
     for name, counts in zip(names, summary["histogram"]):
         axes[1, 1].plot(counts, label=name)
     axes[1, 1].set(xlabel="agreeing positions", ylabel="sequences", yscale="symlog")
