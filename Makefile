@@ -14,7 +14,7 @@ run: .venv/run.installed
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
 	@$(PY) memorize.py $(CONFIG) --sequences=100
-	@$(PY) audit.py $(CONFIG)
+	@$(PY) audit.py $(CONFIG) --sequences=32
 
 crystal: .venv/run.installed
 	@for stage in 1 2 3; do for step in prepare_data train eval; do \

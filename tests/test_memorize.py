@@ -146,16 +146,6 @@ def test_losses_are_the_model_s_own_sequence_by_sequence() -> None:
         assert loss == pytest.approx(-log_p.gather(1, ids[1:, None]).mean().item(), rel=1e-5)
 
 
-def test_losses_are_the_model_s_own_sequence_by_sequence() -> None:
-    model, random = random_model(3), np.random.default_rng(0)
-    token_ids = random.integers(VOCAB, size=(7, K + L + 1)).astype(np.uint16)  # as on the disk
-    found = memorize.sequence_losses(model, token_ids, batch=3)
-    assert found.shape == (7,) and np.ptp(found) > 0.1
-    for ids, loss in zip(torch.from_numpy(token_ids.astype(np.int64)), found):
-        log_p = model(ids[None, :-1])[0].log_softmax(-1)  # (T, V)
-        assert loss == pytest.approx(-log_p.gather(1, ids[1:, None]).mean().item(), rel=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------
 # statistics
 
