@@ -32,7 +32,6 @@ from data import Data, chunk_schedule, load_data, write_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels
 
 Grid = dict[str, list[np.ndarray]]
-
 ONLY = np.ones((1, 1))  # the weight of a grid's only cell
 THIRDS = ("early", "middle", "late")  # of the chunks
 N_CONTROLS = 1023  # random sequences that are nowhere in the data: exposure ends at 10 bits
@@ -351,7 +350,7 @@ def heat_map(summary: dict[str, Any], values: np.ndarray, digits: int) -> list[s
     """Values (C, N) in figures and shades, a line per checkpoint; a bar behind its latest chunk."""
     latest = np.array(summary["ages"]) == 0  # (C, N)
     low, spread = values.min(), values.max() - values.min() or 1
-    # Of more chunks than ten, neighbours share a column, which shows their mean.
+    # Of more than ten chunks, neighbours share a column, which shows their mean.
     groups = np.array_split(np.arange(values.shape[1]), min(10, values.shape[1]))
     heads = [str(summary["chunks"][g[0]]) + "-" * (len(g) > 1) for g in groups]
     lines = [" " * 13 + "".join(f"{head:>5}  " for head in heads)]
@@ -383,8 +382,9 @@ def summary_text(summary: dict[str, Any]) -> str:
                          f" {100 * f['extractible']:{sign}.2f} ± {100 * f['extractible_se']:.2f} %"
                          f" of {f['sequences']:,} sequences")
             if "exposure" in f:
-                lines[-1] += f", exposure {f['exposure']:.1f} bits" + "".join(
-                    f", {third} {f[third]['exposure']:.1f}" for third in THIRDS if third in f)
+                lines[-1] += f"; exposure {f['exposure']:.1f} bits, loss {f['loss']:.2f}" + "".join(
+                    f"; {third} {f[third]['exposure']:.1f}, {f[third]['loss']:.2f}"
+                    for third in THIRDS if third in f)
     for name in summary["membership"]["all"] | summary["forgetting"]:
         parts = []
         if f := summary["forgetting"].get(name):
