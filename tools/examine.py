@@ -99,7 +99,7 @@ def examine_forged(seeds: int, kinds: list[str]) -> None:
 
 def honest_runs() -> dict[str, list[str]]:
     """Settings of 20 runs with nothing wrong; the words that are no settings say how to train."""
-    runs = {f"seed {seed}": [f"--seed={seed}"] for seed in range(1, 8)}
+    runs = {f"seed {seed}": [f"--seed={seed}"] for seed in range(1, 7)}
     runs |= {"lower rate": ["--learning_rate=3e-3"], "higher rate": ["--learning_rate=2e-2"],
              "constant rate": ["--lr_schedule=constant"], "batch of 32": ["--global_batch_size=32"],
              "batch of 8": ["--global_batch_size=8", "--micro_batch_size=8"],
@@ -107,6 +107,9 @@ def honest_runs() -> dict[str, list[str]]:
              "a chunk skipped": ["--skip_chunks=[3]"], "another beta": ["--adam_beta2=0.99"],
              "stopped and resumed": ["resumed"], "two processes": ["2 processes"],
              "two, then one": ["resumed", "2 processes"],
+             "Crystal's network": [
+                 "--norm=layernorm", "--bias=true", "--tie_word_embeddings=true", "--rotary_dim=16",
+                 "--attention_scale_power=1", "--base_hidden_size=16", "--learning_rate=5e-3"],
              "second stage": ["--init_from=" + str(HOME / "run/ckpt_007"), "--seed=9"]}
     return runs
 
@@ -116,7 +119,7 @@ def examine_honest() -> None:
     base_run()
     alarms = 0
     for name, words in honest_runs().items():
-        run = HOME / name.replace(" ", "_").replace(",", "")
+        run = HOME / name.translate({ord(c): None for c in " ,'"})
         settings = [EXAM, f"--data_dir={HOME / 'data'}", f"--run_dir={run}",
                     *(word for word in words if word.startswith("-"))]
         python = [sys.executable, str(ROOT / "train.py")]
