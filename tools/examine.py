@@ -145,7 +145,7 @@ def command(words: list[str]) -> None:
         raise UserError(f"{' '.join(words)} failed: {process.stdout}{process.stderr}")
 
 
-def examine_power(config_file: str, pool: int = 512, draws: int = 400) -> None:
+def examine_power(config_file: str, pool: int = 256, draws: int = 400) -> None:
     """By the number of sequences of a chunk: how often is the chunk just trained the one that
     became easier most, and how far does it stand out?"""
     config, _ = load([config_file])
@@ -158,6 +158,7 @@ def examine_power(config_file: str, pool: int = 512, draws: int = 400) -> None:
         ckpt.load_weights(model, path)
         losses.append([sequence_losses(model, data.chunk(i)["token_ids"][drawn[i]], 64)
                        for i in numbers])
+        print(f"{path.name} measured", file=sys.stderr)
     change = np.diff(np.array(losses), axis=0)  # (checkpoints - 1, chunks, pool)
     own = np.array([ckpt.read_manifest(path)["chunk"] for path in paths[1:]])
     print("| sequences | right chunk | mean z of the right one | largest of the others' |")
