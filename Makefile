@@ -1,4 +1,4 @@
-# make         prepare data, train a small Amber, evaluate it, see what it memorized, check every file: minutes on
+# make         prepare data, train a small Amber, evaluate it, see what it memorized, audit it: minutes on
 #              a laptop CPU, no downloads but the packages. Again: goes on where it was, or says that it is finished.
 # make crystal the same for Crystal: three stages, each begun from the one before
 # make test    the tests

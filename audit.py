@@ -371,6 +371,7 @@ def check_lines(config: Config, data: Data, point: Point, logged: dict) -> tuple
 
 
 def table(report: Report) -> str:
+    """One line per checkpoint, one column per check."""
     columns = ("files", "twins", "path", "trace", "log")
     lines = [f"{'checkpoint':<12}" + "".join(f"{name:>16}" for name in columns)]
     for name, cells in report.cells.items():
@@ -390,8 +391,7 @@ def main(argv: list[str]) -> None:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # published weights have no run
         write_json(Path(config.run_dir) / "audit.json",
                    {"checkpoints": report.cells, "findings": report.findings})
-        lines = [f"{found['check']}: {found['sentence']}" for found in report.findings]
-        if lines:
+        if lines := [f"{found['check']}: {found['sentence']}" for found in report.findings]:
             raise UserError("\n".join([f"{config.run_dir}: {len(lines)} found.", *lines]))
         print(f"{config.run_dir}: {len(report.cells)} audited, nothing found.")
 
