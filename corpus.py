@@ -1,21 +1,19 @@
-"""The embedded corpus: text that every installation of this repository carries.
+"""The embedded corpus: text that every installation of this repository carries, the same for all.
 
     python corpus.py text      # writes it into a folder, one .jsonl file per source, to look at
 
 prepare_data.py takes it where a config names no `sources`. It is the code and the English of
-Python and of the packages in requirements.txt: nothing is downloaded. Its bytes depend on their
-versions, so that losses on it compare only between equal data sets.
+packages that requirements.txt pins exactly: nothing is downloaded, and everyone who has these
+versions has the same bytes, whatever the machine and the version of Python.
 """
 
-import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import json
 import os
-import platform
 import re
-import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -24,40 +22,34 @@ from pathlib import Path
 from configs import UserError, run_command
 from data import writing
 
-# Bytes taken of each source: 30 % code (Amber has 23 %), the rest English. The order decides the
-# numbers that their sequences carry.
+# Bytes taken of each source: a third is code (Amber has 23 %), the rest English. The order decides
+# the numbers that their sequences carry.
 CORPUS = {
-    "code": 3_800_000,
-    "examples": 2_900_000,  # docstrings that show a session, >>>
-    "docstrings": 3_300_000,  # all other docstrings
-    "formulas": 1_200_000,  # docstrings with mathematics
-    "readmes": 350_000,  # READMEs and licences of packages
-    "reference": 450_000,  # Python's language reference
-    "long_docstrings": 350_000,  # those of more than 3000 letters
+    "code": 4_000_000,
+    "examples": 3_800_000,  # docstrings that show a session, >>>
+    "docstrings": 3_200_000,  # all other docstrings
+    "formulas": 1_300_000,  # docstrings with mathematics
 }
-# Of these there is less than is wanted, and of the others more.
-SCARCE = ("readmes", "reference")
-# Only what requirements.txt always brings: whatever else is installed must not change the data.
-PACKAGES = """numpy torch sympy networkx mpmath jinja2 markupsafe fsspec filelock tqdm tiktoken
-    regex requests urllib3 idna certifi charset-normalizer typing_extensions""".split()
-# Some distributions lack the tests and IDLE; the rest is tables, or other people's packages.
-SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings",
-                "lib2to3", "pydoc_data", "_vendor", "__pycache__"}
-# These, and the folders config-*, say where and how this very copy was built.
-SKIP_FILES = re.compile("_sysconfig|__config__|version")
+# These are pinned in requirements.txt, and their Python files are the same on every platform.
+PACKAGES = ("torch", "numpy", "sympy", "networkx", "mpmath")
+# sha256 of the text that these versions give: see `describe`.
+REFERENCE = "4de6b0d02a0bc38bc20a129a7c19abded0ecfdd3f3385256de3149f66e05d8f3"
+# What is written when a package is built, copied from other packages, or not there for every Python
+# (numpy.distutils). __init__.py is little but imports, and Windows adds to numpy's.
+SKIP_FOLDERS = {"_vendor", "vendored_templates", "generated", "distutils", "__pycache__"}
+SKIP_FILES = re.compile("_sysconfig|__config__|_?version|__init__")
 # Text in triple quotes: the first statement of a body, or what PyTorch adds to its C functions.
 DOCSTRING = re.compile(r':\n\s+[rR]?"""(.+?)"""|add_docstr\([^"]{,200}?[rR]?"""(.+?)"""', re.S)
 GENERATED = re.compile(r"generated (by|from|with|automatically)|auto-?generated|do not edit", re.I)
 
 
 def write_embedded_corpus(directory: Path) -> dict[str, list[str]]:
-    """Write directory/SOURCE.jsonl of every source that there is text of; returns their paths."""
+    """Write directory/SOURCE.jsonl of every source; returns their paths."""
     documents: dict[str, list[str]] = {name: [] for name in CORPUS}
     size: Counter[str] = Counter()
     seen: set[str] = set()
     for source, text in embedded_texts():
-        # To read on for a little more of the scarce ones would take a minute.
-        if all(size[name] >= CORPUS[name] for name in CORPUS if name not in SCARCE):
+        if all(size[name] >= CORPUS[name] for name in CORPUS):
             break
         if size[source] >= CORPUS[source]:
             continue
@@ -71,24 +63,15 @@ def write_embedded_corpus(directory: Path) -> dict[str, list[str]]:
     directory.mkdir(parents=True, exist_ok=True)
     files = {}
     for source, texts in documents.items():
-        if texts:
-            path = directory / f"{source}.jsonl"
-            with writing(path) as f:
-                f.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-            files[source] = [str(path)]
+        path = directory / f"{source}.jsonl"
+        with writing(path) as f:
+            f.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+        files[source] = [str(path)]
     return files
 
 
 def embedded_texts() -> Iterator[tuple[str, str]]:
-    """(source, text), in an order that depends on the versions of Python and packages alone."""
-    for text in package_texts():
-        yield "readmes", text
-    # The pages that help() shows; some distributions leave them out.
-    with contextlib.suppress(ImportError):
-        from pydoc_data.topics import topics
-        for _, text in sorted(topics.items()):
-            yield "reference", text
-    # A mixture of all packages, in an order that looks random and is the same everywhere.
+    """(source, text): a mixture of all packages, in an order that looks random and is fixed."""
     for key, path in python_files():
         code = path.read_text(encoding="utf-8", errors="replace")
         # A file gives either its code or its docstrings, so that no text is in two sources.
@@ -106,9 +89,7 @@ def docstring_source(text: str) -> str:
     # Sphinx writes formulas as :math:`...`, and Markdown between dollars.
     if ":math:" in text or "$" in text:
         return "formulas"
-    if ">>>" in text:
-        return "examples"
-    return "long_docstrings" if len(text) > 3000 else "docstrings"
+    return "examples" if ">>>" in text else "docstrings"
 
 
 def is_table(code: str) -> bool:
@@ -137,31 +118,19 @@ def one_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def package_texts() -> Iterator[str]:
-    """The READMEs and licences of PACKAGES."""
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            for file in sorted(importlib.metadata.distribution(name).files or [], key=str):
-                if ".dist-info/" in str(file) and re.match("METADATA|LICEN|COPYING", file.name):
-                    # METADATA is a header of names and versions, and the README as its body.
-                    text = file.read_text(encoding="utf-8")
-                    yield text.partition("\n\n")[2] if file.name == "METADATA" else text
-
-
 def python_files() -> list[tuple[int, Path]]:
-    """(key, path) of the files of the standard library and of PACKAGES, sorted by key, a hash of
-    the name: any beginning of the list is a mixture of all."""
-    roots = {"python": Path(sysconfig.get_path("stdlib"))}
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name.replace("-", "_"))  # finds, and does not import
-        if spec and spec.submodule_search_locations:
-            roots[name] = Path(spec.submodule_search_locations[0])
+    """(key, path) of the files of PACKAGES, sorted by key, a hash of the name: any beginning of
+    the list is a mixture of all."""
     found = []
-    for name, root in roots.items():
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)  # finds, and does not import
+        if spec is None:
+            raise UserError(f"The embedded corpus needs the package {name}, which is not installed:"
+                            " pip install -r requirements.txt.")
+        root = Path(spec.submodule_search_locations[0])
         for folder, folders, files in os.walk(root):
             # os.walk goes into the folders that are left in this list.
-            folders[:] = [f for f in folders
-                          if f not in SKIP_FOLDERS and not f.startswith("config-")]
+            folders[:] = [f for f in folders if f not in SKIP_FOLDERS]
             for file in files:
                 if file.endswith(".py") and not SKIP_FILES.match(file):
                     path = Path(folder, file)
@@ -170,21 +139,37 @@ def python_files() -> list[tuple[int, Path]]:
     return [(key, path) for key, _, path in sorted(found)]
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages: they decide the bytes of this text."""
-    found = {"python": platform.python_version()}
+def describe(files: dict[str, list[str]]) -> str:
+    """Whether the text in `files` is the reference, and if not, why."""
+    text = hashlib.sha256()
+    for [path] in files.values():
+        text.update(Path(path).read_bytes())
+    if text.hexdigest() == REFERENCE:
+        return f"The embedded text is the reference (sha256 {REFERENCE[:16]})."
+    pinned = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").split()
+    others = [package for package in versions() if package not in pinned]
+    because = f"{', '.join(others)} is installed" if others else "a file of theirs was changed"
+    return (f"The embedded text is not the reference: {because}, and the reference is of the"
+            " versions in requirements.txt. Losses compare only with those on the same text.")
+
+
+def versions() -> list[str]:
+    """The versions of PACKAGES that are installed, as requirements.txt has them."""
+    found = []
     for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        version = importlib.metadata.version(name).partition("+")[0]  # 2.13.0+cpu is 2.13.0
+        found.append(f"{name}=={version}")
     return found
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("Name one folder to write the embedded corpus into: python corpus.py text")
-    for source, [path] in write_embedded_corpus(Path(argv[0])).items():
-        lines = Path(path).read_text().splitlines()
+    files = write_embedded_corpus(Path(argv[0]))
+    for source, [path] in files.items():
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
         print(f"{source}: {len(lines)} documents, {os.path.getsize(path):,} bytes in {path}")
+    print(describe(files))
 
 
 if __name__ == "__main__":

@@ -269,12 +269,12 @@ def encode_request(tokenizer: Tokenizer, context: str, choice: str, window: int)
 
 
 def synthetic_questions(data: Data, name: str) -> list[Question]:
-    """Questions of four choices, made of the first 32 validation sequences of each source."""
+    """Questions of four choices, made of the first 64 validation sequences of each source."""
     # With n tokens as the unit, 16 or less, so that 5 n ids fit in a sequence:
     n = 4 * min(4, (data.seq_len + 1) // 20)
     questions: list[Question] = []
     for source in data.validation_sources if n else []:
-        sequences = data.validation(source)["token_ids"][:32, : 4 * n].astype(np.int32)
+        sequences = data.validation(source)["token_ids"][:64, : 4 * n].astype(np.int32)
         if len(sequences) < 4:
             continue  # three others are needed for wrong choices
         for i, ids in enumerate(sequences):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 from configs import Config, UserError, load, run_command
-from corpus import CORPUS, versions, write_embedded_corpus
+from corpus import CORPUS, describe, versions, write_embedded_corpus
 from tokenizer import (
     FIM_TOKENS,
     Tokenizer,
@@ -95,6 +95,8 @@ def prepare(config: Config) -> None:
         # A kill may have come after the manifest, between two lines of `publish`.
         if not (directory / "manifest.json").exists():
             texts = files or write_embedded_corpus(directory / "corpus")
+            if not files:
+                print(describe(texts))
             entry = save_tokenizer(config, directory, texts)
             work = Work(config, directory, entry, count_workers(config, texts))
             make = from_released if config.tokenized else from_text
@@ -816,7 +818,7 @@ def write_manifest(work: Work, passed_over: Counter[str], parts: list[dict], sou
                 "tokenizer": work.tokenizer_entry, "seq_len": work.config.seq_len,
                 "seed": work.config.seed, "dtype": np.lib.format.dtype_to_descr(work.dtype),
                 "sources": sources, "chunks": chunks, "valid": valid, "dropped": dropped,
-                "documents": documents, "made_with": versions()}
+                "documents": documents}
     data.write_json(work.directory / "manifest.json", manifest)
 
 

@@ -1,4 +1,4 @@
-# 1.9M parameters on text that every Python installation carries: minutes on a laptop CPU.
+# 1.9M parameters on the embedded text (corpus.py): minutes on a laptop CPU.
 # Expected at the end: loss about 3.8, 1.57 bits per byte on validation code.
 hidden_size = 128
 intermediate_size = 352

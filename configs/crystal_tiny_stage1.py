@@ -20,7 +20,7 @@ init_truncated = True
 init_by_depth = True
 
 crystal_tokens = True  # reserved now, for the stages after this
-_prose = ("examples", "docstrings", "formulas", "readmes", "reference", "long_docstrings")
+_prose = ("examples", "docstrings", "formulas")
 source_weights = {"code": 0}  # held out and measured, not trained on
 source_halves = dict.fromkeys(_prose, "even")
 valid_documents = 12  # of each source one document in 12, the same in all stages
