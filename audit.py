@@ -28,12 +28,23 @@ import replay
 import train
 from checkpoint import all_gather_object, rank, world_size
 from configs import Config, UserError, load, run_command, with_recorded
-from data import Data, Visit, chunk_schedule, load_data, read_json, step_sequences, write_json
+from data import Data, Visit, load_data, read_json, step_sequences, write_json
 from memorize import ages, choose_chunks, chunk_numbers, double_center, sequence_losses
 from model import build_for_inference, choose_kernels
 
 # What others' checkpoints carry beside weights; it is the same at every step.
 CONSTANT = re.compile(r"rotary_emb|attn\.(masked_)?bias$")
+
+
+@dataclass
+class Flags:
+    """What audit.py takes beside the settings."""
+
+    checkpoints: str = ""  # "7", "0,4,9" or paths; "" = all
+    chunks: str = ""  # whose losses are looked at, as "0,5,9"; "" = all
+    sequences: int = 64  # of each chunk; 0 = no losses, which leaves out the model
+    batch: int = 64  # sequences in memory at a time
+    replay: str = ""  # train "7", "0,3" or "all" again, and compare; "" = the other checks
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Report:
         self.findings.append({"check": check, "sentence": sentence})
 
 
-def audit(config: Config, flags: dict[str, Any]) -> Report:
+def audit(config: Config, flags: Flags) -> Report:
     """All checks but the replay, the cheapest first."""
     train.init_distributed(config)
     data, report = load_data(config.data_dir), Report()
@@ -68,9 +79,9 @@ def audit(config: Config, flags: dict[str, Any]) -> Report:
     if data.n_vocab > config.vocab_size or data.seq_len > config.seq_len:
         raise UserError(f"{config.data_dir} has {data.n_vocab} token ids in sequences of"
                         f" {data.seq_len}: more than this model was made for.")
-    paths = ckpt.select_checkpoints(config.run_dir, flags["checkpoints"] or "all")
-    chunks = choose_chunks(flags["chunks"], chunk_numbers(data))
-    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
+    paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    chunks = choose_chunks(flags.chunks, chunk_numbers(data))
+    schedule = data.schedule(config)
     visits, points = {visit.number: visit for visit in schedule}, []
     for path in paths:
         name = re.fullmatch(r"ckpt_(\d+)", path.name)
@@ -85,9 +96,9 @@ def audit(config: Config, flags: dict[str, Any]) -> Report:
             report.found("data", problem)
         check_tensors(config, data, points, report)
     points, report = all_gather_object((points, report))[0]
-    if flags["sequences"]:
-        ids = draw_steps(config, data, chunks, flags["sequences"])
-        losses = measure_losses(config, data, points, chunks, ids, flags["batch"])
+    if flags.sequences:
+        ids = draw_steps(config, data, chunks, flags.sequences)
+        losses = measure_losses(config, data, points, chunks, ids, flags.batch)
         if rank() == 0:
             check_losses(config, data, points, chunks, losses, report)
             check_log(config, data, points, chunks, losses, report)
@@ -216,7 +227,7 @@ def check_path(config: Config, data: Data, points: list[Point], moves: dict[str,
     if not all(point.visit for point in points):
         return
     end = [point.visit.first_step + point.visit.steps for point in points]
-    n_steps, pace = sum(data.steps_per_chunk(config.global_batch_size)), []
+    n_steps, pace = sum(visit.steps for visit in data.schedule(config)), []
     for i in range(len(total)):
         rates = sum(train.learning_rate(config, step, n_steps)
                     for step in range(end[i] + 1, end[i + 1] + 1))
@@ -329,7 +340,9 @@ def check_log(config: Config, data: Data, points: list[Point], chunks: list[int]
             report.found("log", f"metrics.jsonl: {len(wrong)} lines of chunk {visit.chunk} do not"
                                 " follow from config and data order, the first is step"
                                 f" {wrong[0]}.")
-        if k and visit.chunk in chunks and points[k - 1].number == point.number - 1:
+        # The sequences drawn are those of a chunk's first turn.
+        if (k and visit.chunk in chunks and not visit.turn
+                and points[k - 1].number == point.number - 1):
             steps, values = losses[k - 1, chunks.index(visit.chunk)]
             lines = [logged.get(visit.first_step + int(s) + 1, {}).get("loss") for s in steps]
             whole = values.shape[1] == config.global_batch_size
@@ -349,7 +362,7 @@ def check_lines(config: Config, data: Data, point: Point, logged: dict) -> tuple
     has. The mean over sources is the loss, and a source has one if the step read of it."""
     own = with_recorded(config, point.manifest["config"])  # a rate may change at a resume
     visit, batch, names = point.visit, own.global_batch_size, data.sources
-    total = sum(data.steps_per_chunk(batch))
+    total = sum(visit.steps for visit in data.schedule(own))
     sources = np.asarray(data.chunk(visit.chunk)["source"])
     wrong, n = [], 0
     for s in range(visit.steps):
@@ -358,7 +371,7 @@ def check_lines(config: Config, data: Data, point: Point, logged: dict) -> tuple
         if line is None or "skipped" in line:
             continue
         n += 1
-        ids = step_sequences(own.seed, visit.chunk, len(sources), s, batch)
+        ids = step_sequences(own.seed, visit.chunk, len(sources), s, batch, visit.turn)
         counts = np.bincount(sources[ids], minlength=len(names))
         by_source = line.get("loss_by_source", {})
         mean = sum(by_source.get(name, 0) * c for name, c in zip(names, counts)) / batch
@@ -380,11 +393,9 @@ def table(report: Report) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, checkpoints="", chunks="", sequences=64, batch=64, replay="")
-    if flags["sequences"] < 0 or flags["batch"] < 1:
-        raise UserError("--sequences must be 0 or more (0: no losses), and --batch 1 or more.")
-    if flags["replay"]:
-        return replay.replay_all(config, flags["replay"])
+    config, flags = load(argv, Flags)
+    if flags.replay:
+        return replay.replay_all(config, flags.replay)
     report = audit(config, flags)
     if rank() == 0:
         print(table(report))

@@ -449,7 +449,7 @@ def save_checkpoint(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
             write_share(tmp, weights, moments)
             if rank() == 0:
                 write_json(tmp / "train_state" / "state.json", state)
-                publish(tmp, path, model.config, tokenizer, metadata)
+                publish(tmp, path, model, tokenizer, metadata)
                 # Only now: until the new checkpoint has its name, the old ones are all there is.
                 delete_old()
         except OSError as error:
@@ -492,13 +492,13 @@ def write_share(tmp: Path, weights: list[tuple[str, Tensor]],
     half.rename(half.with_suffix(".json"))  # the name that the first process waits for
 
 
-def publish(tmp: Path, path: Path, c: Config, tokenizer: Tokenizer,
+def publish(tmp: Path, path: Path, model: LLaMA, tokenizer: Tokenizer,
             metadata: dict[str, Any]) -> None:
     """When all processes have written their files: index, config, tokenizer, manifest, rename.
 
     This needs no collective, which training may be using: it only looks for the others' files.
     """
-    weight_map: dict[str, str] = {}
+    c, weight_map = model.config, {}
     tensors: dict[str, str] = {}
     files: dict[str, str] = {}
     # A process that has died writes nothing, and this thread must not keep its own from ending.
@@ -517,7 +517,7 @@ def publish(tmp: Path, path: Path, c: Config, tokenizer: Tokenizer,
         theirs.unlink()
     if world_size() > 1:
         write_json(tmp / "model.safetensors.index.json", {
-            "metadata": {"total_size": 4 * c.n_params}, "weight_map": weight_map})
+            "metadata": {"total_size": 4 * model.n_params}, "weight_map": weight_map})
     write_json(tmp / "config.json", hugging_face_config(c, tokenizer.eos_id))
     write_json(tmp / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
     tokenizer.save_hugging_face(tmp)

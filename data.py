@@ -121,6 +121,11 @@ class Data:
         """Optimizer steps of `batch` sequences in each chunk; what is left over is not read."""
         return [chunk["sequences"] // batch for chunk in self.manifest["chunks"]]
 
+    def schedule(self, config: Config) -> "list[Visit]":
+        """The visits to chunks that a run of these settings consists of."""
+        return chunk_schedule(self.steps_per_chunk(config.global_batch_size), config.skip_chunks,
+                              config.epochs)
+
     def verify(self) -> list[str]:
         """Every file against its sha256 in the manifest, then every sequence (see
         `unexpected_sequences`): what is wrong, one sentence each."""
@@ -225,49 +230,54 @@ def check_data_settings(config: Config, data: Data,
 
 
 @functools.lru_cache(maxsize=2)
-def sequence_order(seed: int, chunk: int, n: int) -> np.ndarray:
-    """The order in which the n sequences of a chunk are read, (n,); nothing else decides it."""
+def sequence_order(seed: int, chunk: int, n: int, turn: int = 0) -> np.ndarray:
+    """The order in which the n sequences of a chunk are read, (n,); nothing else decides it.
+    turn: how many times the run has met the chunk before."""
     # Released chunks are sorted by source, so a chunk must be shuffled as a whole. For Amber's 1.7
     # million sequences that takes 40 ms: it is kept for the steps that follow.
-    order = np.random.default_rng([seed, chunk]).permutation(n)
+    key = [seed, chunk, turn] if turn else [seed, chunk]
+    order = np.random.default_rng(key).permutation(n)
     # The cache returns this very array each time: a caller that changed it would change the run.
     order.flags.writeable = False
     return order
 
 
-def step_sequences(seed: int, chunk: int, n: int, step: int, batch: int) -> np.ndarray:
+def step_sequences(seed: int, chunk: int, n: int, step: int, batch: int,
+                   turn: int = 0) -> np.ndarray:
     """Ids (batch,) of the sequences that step `step` (from 0) of a chunk of n sequences reads."""
-    return sequence_order(seed, chunk, n)[step * batch : (step + 1) * batch]
+    return sequence_order(seed, chunk, n, turn)[step * batch : (step + 1) * batch]
 
 
 class Visit(NamedTuple):
     """One pass of the run through a chunk. `number` names its checkpoint: chunk c is visit c, and
-    visit n_chunks + c if it is met once more."""
+    visit turn * n_chunks + c if it is met once more."""
 
     number: int
     chunk: int
     first_step: int  # optimizer steps of the run before it
     steps: int
+    turn: int = 0  # passes through this chunk before it
 
 
-def chunk_schedule(steps_per_chunk: list[int], skip_chunks: list[int]) -> list[Visit]:
-    """The visits of a run: chunks 0, 1, ... without `skip_chunks`, then the first good ones once
-    more until there are as many steps as in all chunks together.
+def chunk_schedule(steps_per_chunk: list[int], skip_chunks: list[int],
+                   epochs: int = 1) -> list[Visit]:
+    """The visits of a run: chunks 0, 1, ... without `skip_chunks`, and so again until there are
+    `epochs` times as many steps as in all chunks together.
 
     Amber did so: four of its chunks gave NaN wherever they were met, and the first chunks were
     trained again to complete the schedule of the learning rate.
     """
-    total, n = sum(steps_per_chunk), len(steps_per_chunk)
+    total, n = epochs * sum(steps_per_chunk), len(steps_per_chunk)
     good = [c for c in range(n) if c not in skip_chunks and steps_per_chunk[c]]
     visits: list[Visit] = []
     done, turn = 0, 0
-    # In the first turn every good chunk is met once. If some were left out, there are turns after
-    # it, the last one cut off where the schedule ends.
+    # In each turn every good chunk is met once. If some were left out, there is one turn more, cut
+    # off where the schedule ends.
     while good and done < total:
         for chunk in good:
             steps = min(steps_per_chunk[chunk], total - done)
             if steps:
-                visits.append(Visit(turn * n + chunk, chunk, done, steps))
+                visits.append(Visit(turn * n + chunk, chunk, done, steps, turn))
             done += steps
         turn += 1
     return visits

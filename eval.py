@@ -20,6 +20,7 @@ import os
 import re
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -39,6 +40,21 @@ from tokenizer import Tokenizer, replace_invalid_utf8
 
 POLL_SECONDS = 10.0  # --watch: between two looks at the run
 MIN_SHARED = 0.1  # of a batch's tokens: a prefix that spares less is not computed apart
+
+
+@dataclass
+class Flags:
+    """What eval.py takes beside the settings."""
+
+    checkpoints: str = "all"  # "last", "7", "0,4,9" or paths; "all" = one per chunk
+    watch: bool = False  # measure the checkpoints of a run that is going on, until it ends
+    text: str = ""  # a file or folder: its perplexity, and nothing else
+    stride: int = 0  # tokens scored per window of --text; 0 = half a window
+    sequences: int = 1000  # validation sequences of each source; 0 = all
+    batch: int = 32  # sequences in memory at a time
+    prompt: str = ""  # continue this text, and nothing else
+    tokens: int = 64  # of a continuation
+    temperature: float = 0.8  # of a continuation; 0 = the likeliest token
 
 
 @torch.no_grad()
@@ -425,19 +441,19 @@ def measure_text(model: LLaMA, data: Data, documents: list[str], stride: int, wi
     return text_figures(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
 
 
-def list_evaluations(config: Config, data: Data, flags: dict) -> list[Evaluation]:
+def list_evaluations(config: Config, data: Data, flags: Flags) -> list[Evaluation]:
     """All that is measured of a checkpoint, in pieces small enough to be lost by a kill."""
     # The second entry of an Evaluation is what its result depends on beside the weights: when that
     # has changed, it is measured again.
-    batch, window = flags["batch"], config.seq_len
-    if flags["text"]:
-        documents, stride = read_texts(flags["text"]), flags["stride"] or max(1, window // 2)
+    batch, window = flags.batch, config.seq_len
+    if flags.text:
+        documents, stride = read_texts(flags.text), flags.stride or max(1, window // 2)
         inputs = [sha256_json(documents), stride, window, data.sha256]
-        return [Evaluation(f"text {flags['text']}", inputs, lambda model: measure_text(
+        return [Evaluation(f"text {flags.text}", inputs, lambda model: measure_text(
             model, data, documents, stride, window, batch))]
     evaluations: list[Evaluation] = []
     if data.validation_sources:
-        limit = flags["sequences"] or None
+        limit = flags.sequences or None
         evaluations.append(Evaluation("validation", [data.sha256, limit], lambda model: validate(
             model, data, limit, config.micro_batch_size)))
     # To tokenize the questions of all benchmarks takes minutes: it is done when the first
@@ -558,12 +574,12 @@ def published_scores(path: str, entries: list[dict[str, Any]]) -> dict[str, list
     return scores
 
 
-def report(config: Config, data: Data, entries: list[dict[str, Any]], sample: str,
+def report(model: LLaMA, data: Data, entries: list[dict[str, Any]], sample: str,
            config_file: str) -> str:
     """What a run came to, and what to type next."""
-    last = entries[-1]
+    config, last = model.config, entries[-1]
     lines = [("run", f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
-                     f" {last['tokens']:,} tokens, {config.n_params:,} parameters"),
+                     f" {last['tokens']:,} tokens, {model.n_params:,} parameters"),
              ("data", f"{config.data_dir}, {len(data.manifest['chunks'])} chunks")]
     steps = checkpoint.read_records(Path(config.run_dir, "metrics.jsonl"))
     losses = [step["loss"] for step in steps if "loss" in step]
@@ -611,34 +627,31 @@ def stream_completion(model: LLaMA, tokenizer: Tokenizer, prompt: str, n: int,
 
 def run_has_ended(config: Config, data: Data) -> bool:
     """Whether the checkpoint of a run's last step is there."""
-    steps = sum(data.steps_per_chunk(config.global_batch_size))
+    steps = sum(visit.steps for visit in data.schedule(config))
     found = checkpoint.list_checkpoints(config.run_dir)
     done = checkpoint.read_manifest(found[-1]).get("step", 0) if found else 0
     return done >= min(steps, config.max_steps or steps)
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, checkpoints="all", watch=False, text="", stride=0, sequences=1000,
-                         batch=32, prompt="", tokens=64, temperature=0.8)
-    if min(flags[key] for key in ("stride", "sequences", "tokens")) < 0 or flags["batch"] < 1:
-        raise UserError("--stride, --sequences and --tokens must be 0 or more, --batch 1 or more.")
-    if flags["stride"] > config.seq_len:
-        raise UserError(f"--stride={flags['stride']} is more than the window, {config.seq_len}"
+    config, flags = load(argv, Flags)
+    if flags.stride > config.seq_len:
+        raise UserError(f"--stride={flags.stride} is more than the window, {config.seq_len}"
                         " tokens (seq_len): some tokens would not be scored.")
     choose_kernels(config.kernels)
     data = load_data(config.data_dir)
     if data.n_vocab > config.vocab_size:
         raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
                         f" model of this config {config.vocab_size} (vocab_size).")
-    model, which = build_for_inference(config), flags["checkpoints"]
-    if flags["prompt"]:
+    model, which = build_for_inference(config), flags.checkpoints
+    if flags.prompt:
         paths = checkpoint.select_checkpoints(config.run_dir, "last" if which == "all" else which)
         checkpoint.load_weights(model, paths[-1])
-        stream_completion(model, data.tokenizer, flags["prompt"], flags["tokens"],
-                          flags["temperature"])
+        stream_completion(model, data.tokenizer, flags.prompt, flags.tokens,
+                          flags.temperature)
         return
     evaluations, file = list_evaluations(config, data, flags), Path(config.run_dir, "eval.jsonl")
-    while flags["watch"] and not run_has_ended(config, data):
+    while flags.watch and not run_has_ended(config, data):
         if checkpoint.list_checkpoints(config.run_dir):
             paths = checkpoint.select_checkpoints(config.run_dir, which)
             # The processes need not wait for each other before the run is over.
@@ -656,9 +669,9 @@ def main(argv: list[str]) -> None:
     # The sample is of the last one in the tables: a newer one may be damaged.
     newest = [path for path in paths if path.name == entries[-1]["checkpoint"]][-1]
     checkpoint.load_weights(model, newest)
-    sample = continue_text(model, data.tokenizer, config.sample_prompt, flags["tokens"],
-                           flags["temperature"])
-    print(report(config, data, entries, sample, next(a for a in argv if not a.startswith("-"))))
+    sample = continue_text(model, data.tokenizer, config.sample_prompt, flags.tokens,
+                           flags.temperature)
+    print(report(model, data, entries, sample, next(a for a in argv if not a.startswith("-"))))
 
 
 if __name__ == "__main__":

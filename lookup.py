@@ -13,6 +13,7 @@ import bisect
 import functools
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from configs import Config, UserError, load, run_command, with_recorded
-from data import Data, Visit, chunk_schedule, load_data, read_json, step_sequences, step_to_visit
+from data import Data, Visit, load_data, read_json, step_sequences, step_to_visit
 from model import LLaMA, build_for_inference, choose_kernels
 from prepare_data import Source, dealt_sequences
 from tokenizer import replace_invalid_utf8
@@ -32,6 +33,15 @@ BLOCK_TOKENS = 1 << 16  # decoded at a time: what stays in the processor's cache
 WINDOW = 51  # steps that a band is made of, half of them before and half after
 
 
+@dataclass
+class Flags:
+    """What lookup.py takes beside the settings; one of these must be given."""
+
+    step: int = 0  # print the sequences that this optimizer step (from 1) learned from
+    find: str = ""  # a text: where it is in the data, and how its losses went
+    outliers: bool = False  # print the steps whose loss or gradient norm stands out
+
+
 # ---------------------------------------------------------------------------------------------
 # --step: what did a step learn from?
 
@@ -39,7 +49,7 @@ WINDOW = 51  # steps that a band is made of, half of them before and half after
 def show_step(config: Config, step: int) -> None:
     """Print the line of the log of optimizer step `step` (from 1), and the sequences it read."""
     data, batch = load_data(config.data_dir), config.global_batch_size
-    schedule = schedule_of(config, data)
+    schedule = data.schedule(config)
     total = sum(visit.steps for visit in schedule)
     if not 1 <= step <= total:
         raise UserError(f"--step={step}: {config.data_dir} has steps 1 to {total:,} of {batch}"
@@ -51,16 +61,13 @@ def show_step(config: Config, step: int) -> None:
     if record := read_log(config).get(step):
         kept = ("loss", "grad_norm", "lr", "loss_by_source")
         print(", ".join(f"{key} {json.dumps(record[key])}" for key in kept if key in record))
-    for i in step_sequences(config.seed, visit.chunk, len(chunk), within, batch).tolist():
+    for i in step_sequences(config.seed, visit.chunk, len(chunk), within, batch,
+                            visit.turn).tolist():
         source = data.sources[chunk["source"][i]]
         text = data.tokenizer.decode(chunk["token_ids"][i][:64])[:100]
         print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
               f" {json.dumps(text, ensure_ascii=False)}")
         print(f"{'':<16} {origin(data, visit.chunk, i, 0, data.seq_len + 1)}")
-
-
-def schedule_of(config: Config, data: Data) -> list[Visit]:
-    return chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
 
 
 def read_log(config: Config) -> dict[int, dict[str, Any]]:
@@ -216,12 +223,14 @@ def place_in(block: bytes, ends: np.ndarray, row_length: int, found: int,
 
 def steps_of(config: Config, data: Data, place: Place) -> list[tuple[Visit, int]]:
     """Each visit that learned from a place, and the step (from 1) at which it did."""
-    n = data.manifest["chunks"][place.chunk]["sequences"]
-    order = step_sequences(config.seed, place.chunk, n, 0, n)
-    within = int(np.flatnonzero(order == place.sequence)[0]) // config.global_batch_size
-    # Not read are what is left over behind a chunk's last step, and the chunks that are left out.
-    return [(visit, visit.first_step + within + 1) for visit in schedule_of(config, data)
-            if visit.chunk == place.chunk and within < visit.steps]
+    n, found = data.manifest["chunks"][place.chunk]["sequences"], []
+    for visit in data.schedule(config):
+        if visit.chunk == place.chunk:
+            order = step_sequences(config.seed, place.chunk, n, 0, n, visit.turn)
+            within = np.flatnonzero(order == place.sequence)[0] // config.global_batch_size
+            if within < visit.steps:  # else it is left over behind the chunk's last step
+                found.append((visit, visit.first_step + int(within) + 1))
+    return found
 
 
 def show_losses(config: Config, data: Data, places: list[Place],
@@ -308,17 +317,17 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, step=0, find="", outliers=False)
+    config, flags = load(argv, Flags)
     # What the run itself has recorded comes before the config: that may have changed since, or
     # another --seed was given. Without a run the config says what one would read.
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
     # The words and not the values: --step=0 and --find= must be refused, and are the defaults.
     asked = {argument.lstrip("-").partition("=")[0] for argument in argv}
     if "step" in asked:
-        show_step(config, flags["step"])
+        show_step(config, flags.step)
     elif "find" in asked:
-        find(config, flags["find"])
-    elif flags["outliers"]:
+        find(config, flags.find)
+    elif flags.outliers:
         same = [word for word in argv if word.lstrip("-").partition("=")[0] != "outliers"]
         show_outliers(config, shlex.join(["python", "lookup.py", *same]))
     else:

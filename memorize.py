@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,25 @@ from torch import Tensor
 
 from checkpoint import Evaluation, evaluate_checkpoints, select_checkpoints
 from configs import Config, UserError, load, run_command
-from data import Data, chunk_schedule, load_data, write_json
+from data import Data, load_data, write_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels
 
 Grid = dict[str, list[np.ndarray]]
 ONLY = np.ones((1, 1))  # the weight of a grid's only cell
 THIRDS = ("early", "middle", "late")  # of the chunks
 N_CONTROLS = 1023  # random sequences that are nowhere in the data: exposure ends at 10 bits
+
+
+@dataclass
+class Flags:
+    """What memorize.py takes beside the settings."""
+
+    checkpoints: str = ""  # "last", "7", "0,4,9", "all" or paths; "" = ten, evenly spaced
+    chunks: str = ""  # as "0,5,9"; "" = all
+    sequences: int = 1000  # drawn from each chunk
+    k: int = 32  # tokens of the prompt
+    l: int = 32  # tokens after it that are compared
+    batch: int = 250  # sequences in memory at a time
 
 
 @torch.inference_mode()
@@ -83,24 +96,24 @@ def draw_sequences(config: Config, data: Data, chunk: int, n: int) -> tuple[np.n
     return ids, sequences[ids]
 
 
-def measure(token_ids: np.ndarray, flags: dict, model: LLaMA) -> dict[str, list]:
+def measure(token_ids: np.ndarray, flags: Flags, model: LLaMA) -> dict[str, list]:
     """Of each sequence of ids (R, T + 1): the agreeing positions, 0 ... l; the log-probability of
     the l tokens after the prompt, in nats; the loss of the whole sequence, in nats per token."""
-    k, end = flags["k"], flags["k"] + flags["l"]
+    k, end = flags.k, flags.k + flags.l
     tokens = torch.from_numpy(token_ids[:, :end].astype(np.int64))
     result: dict[str, list] = {"matches": [], "suffix_log_p": []}
-    for batch in tokens.to(model.lm_head.weight.device).split(flags["batch"]):
+    for batch in tokens.to(model.lm_head.weight.device).split(flags.batch):
         matches, log_p = greedy_matches(model, batch, k)
         result["matches"] += matches.sum(1).tolist()
         result["suffix_log_p"] += [round(x, 5) for x in log_p.tolist()]
     # Whole sequences are longer, so fewer of them fit into the same memory.
-    losses = sequence_losses(model, token_ids, max(1, flags["batch"] * end // token_ids.shape[1]))
+    losses = sequence_losses(model, token_ids, max(1, flags.batch * end // token_ids.shape[1]))
     return result | {"loss": [round(x, 5) for x in losses.tolist()]}
 
 
-def measure_chunk(config: Config, data: Data, chunk: int, flags: dict, model: LLaMA) -> dict:
+def measure_chunk(config: Config, data: Data, chunk: int, flags: Flags, model: LLaMA) -> dict:
     """One cell of the grid: what `measure` finds of the sequences drawn from a chunk."""
-    _, sequences = draw_sequences(config, data, chunk, flags["sequences"])
+    _, sequences = draw_sequences(config, data, chunk, flags.sequences)
     return measure(sequences["token_ids"], flags, model)
 
 
@@ -133,7 +146,7 @@ def ages(config: Config, data: Data, checkpoints: list[dict], chunks: list[int])
     """How many chunks ago each checkpoint (its record) saw each chunk, (C, N). 0: it has just been
     trained on it. Negative: not seen yet, or never (a chunk of `skip_chunks`)."""
     numbers = chunk_numbers(data)
-    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
+    schedule = data.schedule(config)
     age = np.empty((len(checkpoints), len(chunks)), dtype=int)
     for c, record in enumerate(checkpoints):
         if record["step"] is None:
@@ -284,9 +297,9 @@ def correlations(values: np.ndarray) -> list[list[float | None]]:
     return np.where(np.isfinite(matrix), matrix, None).tolist()
 
 
-def summarize(config: Config, data: Data, records: list, chunks: list[int], flags: dict) -> dict:
+def summarize(config: Config, data: Data, records: list, chunks: list[int], flags: Flags) -> dict:
     """Everything that memorization.json holds; records: those of the first checkpoint first."""
-    length, n, numbers = flags["l"], len(chunks), chunk_numbers(data)
+    length, n, numbers = flags.l, len(chunks), chunk_numbers(data)
     canaries = [record["result"] for record in records if record["evaluation"] == "canaries"]
     records = [record for record in records if record["evaluation"] != "canaries"]
     checkpoints = records[::n]  # one record of each
@@ -309,7 +322,7 @@ def summarize(config: Config, data: Data, records: list, chunks: list[int], flag
             by_source[name] = figures(select(last, [np.concatenate(masks)]), ONLY)
             by_membership[name] = membership(select(grid, masks)["loss"], age)
     return {
-        "k": flags["k"], "l": length, "checkpoints": [r["checkpoint"] for r in checkpoints],
+        "k": flags.k, "l": length, "checkpoints": [r["checkpoint"] for r in checkpoints],
         "chunks": [numbers[chunk] for chunk in chunks], "ages": age.tolist(), "cells": cells,
         "seen": seen, "effects": effects(grid, {"latest": age == 0, "earlier": age > 0}),
         "by_age": {a: average(grid, age == a) for a in np.unique(age).tolist()},
@@ -324,13 +337,13 @@ def summarize(config: Config, data: Data, records: list, chunks: list[int], flag
 
 
 def read_drawn(config: Config, data: Data, chunks: list[int], extractible: list[np.ndarray],
-               flags: dict) -> tuple[list[np.ndarray], list[dict]]:
+               flags: Flags) -> tuple[list[np.ndarray], list[dict]]:
     """The sources of the drawn sequences, N of (R,), and the text of those that are extractible
     from the last checkpoint."""
-    k, end, numbers = flags["k"], flags["k"] + flags["l"], chunk_numbers(data)
+    k, end, numbers = flags.k, flags.k + flags.l, chunk_numbers(data)
     sources, texts = [], []
     for chunk, recited in zip(chunks, extractible):
-        ids, sequences = draw_sequences(config, data, chunk, flags["sequences"])
+        ids, sequences = draw_sequences(config, data, chunk, flags.sequences)
         sources.append(sequences["source"].copy())  # not a view of all the tokens
         for i in np.flatnonzero(recited[-1]):
             tokens = sequences["token_ids"][i]
@@ -420,22 +433,21 @@ def choose_chunks(which: str, numbers: list[int]) -> list[int]:
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, checkpoints="", chunks="", sequences=1000, k=32, l=32, batch=250)
+    config, flags = load(argv, Flags)
     data = load_data(config.data_dir)
-    for name in ("sequences", "k", "l", "batch"):
-        if flags[name] < 1:
-            raise UserError(f"--{name} must be 1 or more, found {flags[name]}.")
-    if flags["k"] + flags["l"] > data.seq_len + 1:
-        raise UserError(f"--k + --l = {flags['k'] + flags['l']} tokens are asked for, but a"
+    if flags.sequences < 1:
+        raise UserError("--sequences must be more than 0.")
+    if flags.k + flags.l > data.seq_len + 1:
+        raise UserError(f"--k + --l = {flags.k + flags.l} tokens are asked for, but a"
                         f" sequence of {config.data_dir} has {data.seq_len + 1}.")
     numbers = chunk_numbers(data)
-    chunks = choose_chunks(flags["chunks"], numbers)
-    paths = select_checkpoints(config.run_dir, flags["checkpoints"] or "all")
-    if not flags["checkpoints"]:
+    chunks = choose_chunks(flags.chunks, numbers)
+    paths = select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    if not flags.checkpoints:
         paths = evenly(paths, 10)  # as many as in the paper
 
     # A cell is measured again only if the weights or one of these inputs have changed.
-    inputs = {"k": flags["k"], "l": flags["l"], "sequences": flags["sequences"],
+    inputs = {"k": flags.k, "l": flags.l, "sequences": flags.sequences,
               "seed": config.seed, "data": data.sha256, "result": "matches, suffix_log_p, loss"}
     evaluations = []
     for chunk in chunks:

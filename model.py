@@ -194,6 +194,21 @@ class LLaMA(nn.Module):
         loss, token_losses = kernels.linear_cross_entropy(x, weight, targets.flatten())
         return loss, token_losses.view_as(targets)  # (), (B * T,) -> (B, T)
 
+    @property
+    def n_params(self) -> int:
+        """Parameters; a tied head is counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs per token: 6 per matmul weight, 12 L T d of attention (PaLM, app. B)."""
+        # Counted from the modules, so that another block counts right without a word here. 6 = 2
+        # for the forward pass, 4 for the backward one. The embedding is looked up, not multiplied.
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        # A token is multiplied with T others twice (q k and p v), although a half is masked.
+        c = self.config
+        attention = 12 * c.num_hidden_layers * seq_len * c.num_attention_heads * c.head_dim
+        return 6 * weights + attention
+
     def init_weights(self, seed: int) -> None:
         """Matrices are normal with deviation `init_std`, norms begin as ones, biases as zeros."""
         for i, (name, parameter) in enumerate(self.named_parameters()):
@@ -358,9 +373,13 @@ def choose_kernels(choice: str) -> str:
 def build_for_inference(config: Config) -> LLaMA:
     """The model of a config on its device, for reading only; its weights are yet to be filled."""
     device, dtype = choose_device(config)
+    return meta_model(config, dtype).cast_for_inference().materialize(device)
+
+
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA:
+    """A model whose tensors have shapes and no memory: to count, or to be given memory later."""
     with torch.device("meta"):
-        model = LLaMA(config, dtype)
-    return model.cast_for_inference().materialize(device)
+        return LLaMA(config, dtype)
 
 
 def continue_text(model: LLaMA, tokenizer: Any, prompt: str, n: int,

@@ -145,7 +145,8 @@ def load_batch(run: TrainState) -> Batch:
     # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
     visit, step_in_chunk = step_to_visit(run.schedule, run.step)
     chunk = run.data.chunk(visit.chunk)
-    ids = step_sequences(c.seed, visit.chunk, len(chunk), step_in_chunk, c.global_batch_size)
+    ids = step_sequences(c.seed, visit.chunk, len(chunk), step_in_chunk, c.global_batch_size,
+                         visit.turn)
     # Each process takes a contiguous slice of the global batch. So the batch is the same set of
     # sequences for any number of processes, and only the order in which they are summed differs.
     mine = np.array_split(ids, world_size())[rank()]
@@ -338,7 +339,7 @@ def summary_line(record: dict[str, Any], last: int) -> str:
 
 def mfu(run: TrainState, tokens_per_s: float) -> float:
     """Model FLOPs utilization: the share of the devices' peak that the model's own FLOPs make."""
-    return round(tokens_per_s * run.config.flops_per_token(run.config.seq_len) / run.peak_flops, 4)
+    return round(tokens_per_s * run.model.flops_per_token(run.config.seq_len) / run.peak_flops, 4)
 
 
 def memory_gb(run: TrainState) -> float:
@@ -477,7 +478,7 @@ def history_problem(run: TrainState, path: Path) -> str:
     chunks that this config's schedule meets."""
     manifest = ckpt.read_manifest(path)
     theirs = chunk_schedule(run.data.steps_per_chunk(run.config.global_batch_size),
-                            manifest["config"]["skip_chunks"])
+                            manifest["config"]["skip_chunks"], run.config.epochs)
     met = [visit for visit in theirs if visit.first_step < manifest["step"]]
     if met == [visit for visit in run.schedule if visit.first_step < manifest["step"]]:
         return ""
@@ -507,13 +508,30 @@ def restore(run: TrainState, path: Path) -> str:
     ckpt.load_weights(run.model, path, verified=True)
     ckpt.load_optimizer(run.model, run.optimizer, path)
     run.step, run.started_from = manifest["step"], manifest["started_from"]
+    changed = changed_since(run, manifest)
+    return f"Resuming {path}, step {run.step}." + (f" Changed: {changed}." if changed else "")
+
+
+def changed_since(run: TrainState, manifest: dict[str, Any]) -> str:
+    """The settings, and what else decides the last bits, that a checkpoint was made without."""
     then = manifest["config"] | manifest["environment"]
     # Through JSON, as the manifest has been: there the key of {2: 1} is "2", which is no change.
-    now = json.loads(json.dumps(asdict(c))) | environment(run)
-    changed = [f"{key} {then.get(key)!r} -> {value!r}" for key, value in now.items()
-               if then.get(key) != value and key != "resume"]
-    return (f"Resuming {path}, step {run.step}."
-            + (f" Changed: {', '.join(changed)}." if changed else ""))
+    now = json.loads(json.dumps(asdict(run.config))) | environment(run)
+    # A directory may have been moved; and an older version has not recorded what it did not know.
+    return ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items()
+                     if then.get(key, value) != value and key not in ("resume", "run_dir"))
+
+
+def finished(run: TrainState) -> str:
+    """What to say to one who starts a run that is finished."""
+    newest = ckpt.list_checkpoints(run.dir)[-1]
+    text = (f"{run.dir} is finished: {run.step} steps,"
+            f" {run.step * run.config.tokens_per_step:,} tokens.")
+    changed = changed_since(run, ckpt.read_manifest(newest))
+    if changed:
+        text += f" It was trained with other settings, and stays as it is: {changed}."
+    return (f"{text} To train anew, give another --run_dir: for longer with --epochs="
+            f"{run.config.epochs + 1}, or from these weights with --init_from={newest}.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -657,7 +675,7 @@ def data_for(config: Config) -> Data:
                         f" {data.seq_len}, the model {config.vocab_size} in sequences of"
                         f" {config.seq_len}: set vocab_size and seq_len alike, or prepare again.")
     check_data_settings(config, data)
-    if not chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks):
+    if not data.schedule(config):
         raise UserError(f"There is nothing to train on in {config.data_dir}: no chunk that"
                         f" skip_chunks leaves has the {config.global_batch_size} sequences of one"
                         " step. Lower global_batch_size, or prepare more data.")
@@ -697,7 +715,7 @@ def start(config: Config) -> TrainState:
         torch.use_deterministic_algorithms(True)
     data = data_for(config)
     # Nothing here depends on how far the run is; `resume` puts it where it stands.
-    schedule = chunk_schedule(data.steps_per_chunk(config.global_batch_size), config.skip_chunks)
+    schedule = data.schedule(config)
     model = build_model(config, device, dtype, build_device_mesh(config, device.type))
     optimizer = make_optimizer(config, model)
     ckpt.init_optimizer_state(optimizer)
@@ -709,13 +727,14 @@ def start(config: Config) -> TrainState:
     return run
 
 
-def run_summary(config: Config, data: Data | None, world: int) -> dict[str, str]:
+def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
     """What a run comes to before it begins, line by line; without data, by n_chunks."""
-    c, per_token = config, config.flops_per_token(config.seq_len)
-    steps = [config.sequences_per_chunk // config.global_batch_size] * config.n_chunks
+    c, per_token = model.config, model.flops_per_token(model.config.seq_len)
+    steps = [c.sequences_per_chunk // c.global_batch_size] * c.n_chunks
     if data:
         steps = data.steps_per_chunk(c.global_batch_size)
-    last = min(sum(steps), c.max_steps or sum(steps))
+    last = c.epochs * sum(steps)
+    last = min(last, c.max_steps or last)
     # All of it follows from the settings, so that a wrong one is seen before the first step.
     how = f" x {world} processes, {c.parallel}" if world > 1 else ""
     if world > 1 and c.parallel == "hsdp":
@@ -724,7 +743,7 @@ def run_summary(config: Config, data: Data | None, world: int) -> dict[str, str]
     given = ", ".join(f"{k} = {v!r}" for k, v in asdict(c).items() if v != default[k])
     return {
         "settings": given + "; the rest as in configs/__init__.py",
-        "parameters": f"{c.n_params:,}",
+        "parameters": f"{model.n_params:,}",
         "data": f"{c.data_dir}: {len(steps)} chunks"
                 + (f" of {min(steps)} to {max(steps)} steps" if last else "")
                 + ("" if data else ", not prepared yet")
@@ -754,8 +773,7 @@ def main(argv: list[str]) -> None:
         notes = resume(run)
         if run.step >= run.last_step:
             if rank() == 0:
-                print(f"{home} is finished: {run.step} steps,"
-                      f" {run.step * config.tokens_per_step:,} tokens.")
+                print(finished(run))
             return
         on_rank_zero(lambda: begin_records(run))
         # A handler only makes a note: the loop looks at it when the step is done, in all processes
@@ -765,7 +783,7 @@ def main(argv: list[str]) -> None:
                 run, "received_signal", signal.Signals(number).name))
         compute = (f"{device_name(run.device)}, {str(run.model.dtype)[6:]}, {backend} kernels,"
                    f" {torch.get_num_threads()} threads, peak {run.peak_flops / 1e12:.2f} TFLOP/s")
-        lines = run_summary(config, run.data, world_size()) | {"compute": compute}
+        lines = run_summary(run.model, run.data, world_size()) | {"compute": compute}
         run.log("\n".join([*notes, *(f"{key:>16}: {value}" for key, value in lines.items())]))
         # A collective that fails says that it has waited, and not for whom: find out.
         try:

@@ -1,6 +1,6 @@
 """The one schema of all stages: `Config`, and `load`, which reads a file and the command line.
 
-    config, flags = load(["configs/amber_tiny.py", "--learning_rate=1e-3"])
+    config, flags = load(["configs/amber_tiny.py", "--learning_rate=1e-3"], Flags)
 
 A config file is Python: plain assignments to the names below. The defaults are Amber's (LLM360
 amber-train main.py and README), so `amber_7b.py` is almost empty. This module does not know torch.
@@ -71,30 +71,6 @@ class ModelConfig:
         """
         return self.base_hidden_size / self.hidden_size if self.base_hidden_size else 1.0
 
-    @property
-    def matmul_params(self) -> int:
-        """Weights that every token is multiplied with: the blocks' matrices and the head."""
-        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        # q and o are (d, d), k and v (kv, d), gate, up and down (ffn, d).
-        block = 2 * d * d + 2 * d * kv + 3 * d * self.intermediate_size
-        return self.num_hidden_layers * block + self.vocab_size * d
-
-    @property
-    def n_params(self) -> int:
-        """Parameters of the network; a test holds this against the real one."""
-        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        norms = (2 * self.num_hidden_layers + 1) * d * (2 if self.norm == "layernorm" else 1)
-        biases = self.num_hidden_layers * (3 * d + 2 * kv + 2 * self.intermediate_size)
-        lookup = 0 if self.tie_word_embeddings else self.vocab_size * d
-        return self.matmul_params + lookup + norms + self.bias * biases
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs per token: 6 per matmul weight, 12 L T d of attention (PaLM, app. B)."""
-        # 6 = 2 for the forward pass, 4 for the backward one. Attention multiplies a token with T
-        # others twice (q k and p v), and counts them all although a half is masked.
-        attention = 12 * self.num_hidden_layers * seq_len * self.hidden_size
-        return 6 * self.matmul_params + attention
-
 
 @dataclass
 class Config(ModelConfig):
@@ -135,6 +111,7 @@ class Config(ModelConfig):
     schedule_steps: int = 0  # optimizer steps of the schedule, warm-up too; 0 = the data's
     warmup_steps: int = 2000  # optimizer steps of linear warm-up from 0
     warmup_offset: int = 1  # added to the steps done; 0 = Amber's, whose first rate is 0
+    epochs: int = 1  # passes through all chunks, each in an order of its own
     max_steps: int = 0  # stop after so many optimizer steps, schedule unchanged; 0 = all the data
 
     # -- train.py: optimizer (AdamW)
@@ -204,8 +181,8 @@ CHOICES = {
 # all"), and none may be negative.
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
-    global_batch_size micro_batch_size learning_rate adam_eps grad_clip timeout_minutes
-    eval_sequences""".split()
+    global_batch_size micro_batch_size learning_rate epochs adam_eps grad_clip timeout_minutes
+    eval_sequences k l batch world_size""".split()
 # What older configs and commands say, and what to write instead.
 RENAMED = {
     "rows_per_chunk": "sequences_per_chunk", "valid_rows": "valid_sequences",
@@ -219,54 +196,78 @@ RENAMED = {
 }
 
 
-def load(argv: list[str], **flags: Any) -> tuple[Config, dict[str, Any]]:
-    """Read a config file and its `--key=value` overrides: `(config, flags)`.
+@dataclass
+class NoFlags:
+    """For a stage that takes nothing beside the settings."""
 
-    argv: `["configs/NAME.py", "--key=value", ...]`; flags: what this stage takes beside the
-    settings, with defaults, e.g. `watch=False` for `--watch`. `-h` prints every setting.
+
+def load(argv: list[str], Flags: type = NoFlags) -> tuple[Config, Any]:
+    """Read a config and its `--key=value` overrides: `(config, flags)`.
+
+    argv: `["configs/NAME.py", "--key=value", ...]`. In place of the file a run directory will do:
+    then the settings are those that the run was trained with. Flags: a dataclass of what this stage
+    takes beside the settings, with a comment for each; `flags` is one of these. `-h` prints all.
     Raises UserError with all problems at once, one sentence each.
     """
     if "-h" in argv or "--help" in argv:
-        print(help_text())
+        print(help_text(Flags))
         sys.exit(0)
     paths = [argument for argument in argv if not argument.startswith("-")]
     if len(paths) != 1:
         found = " and ".join(paths) or "none"
-        raise UserError(f"Give one config file, like configs/amber_tiny.py: found {found}."
-                        " (Settings are written --key=value; -h lists them.)")
+        raise UserError(f"Give one config file or run directory, like configs/amber_tiny.py or"
+                        f" runs/amber_tiny: found {found}. (Settings are written --key=value; -h"
+                        " lists them.)")
     # All problems are collected, so that a person does not meet them one at a time.
     # f.type is the class int and not the word "int", unless this file imports `annotations`.
-    kinds = {f.name: f.type for f in fields(Config)}
+    settings, flags = ({f.name: f.type for f in fields(cls)} for cls in (Config, Flags))
+    kinds = settings | flags
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for key, value in read_file(paths[0]).items():
-        if key in kinds:
-            set_value(values, key, value, kinds[key], paths[0], problems)
+    read = read_run if Path(paths[0]).is_dir() else read_file
+    for key, value in read(paths[0]).items():
+        if key in settings:
+            set_value(values, key, value, settings[key], paths[0], problems)
         else:
-            problems.append(f"{paths[0]}: {unknown(key, [*kinds])}")
+            problems.append(f"{paths[0]}: {unknown(key, [*settings])}")
     for argument in argv:
         if not argument.startswith("-"):
             continue
         key, equals, text = argument.lstrip("-").partition("=")
-        kind = type(flags[key]) if key in flags else kinds.get(key)
-        if kind is None:
-            problems.append(f"command line: {unknown(key, [*kinds, *flags])}")
-        elif not equals and kind is not bool:
+        if key not in kinds:
+            problems.append(f"command line: {unknown(key, [*kinds])}")
+        elif not equals and kinds[key] is not bool:
             problems.append(f"command line: write --{key}=VALUE, in one word.")
         else:
-            value = parse(text if equals else "true", kind, argument, problems)
-            target = flags if key in flags else values
-            set_value(target, key, value, kind, "command line", problems)
+            value = parse(text if equals else "true", kinds[key], argument, problems)
+            set_value(values, key, value, kinds[key], "command line", problems)
+    config = Config(**{key: value for key, value in values.items() if key in settings})
     # Data and run are found by the config's name unless it says otherwise.
-    config = Config(**values)
     config.name = config.name or Path(paths[0]).stem
     config.data_dir = config.data_dir or f"data/{config.name}"
     config.run_dir = config.run_dir or f"runs/{config.name}"
+    chosen = Flags(**{key: value for key, value in values.items() if key in flags})
     if not problems:  # a range means nothing before the types are right
-        problems = check(config)
+        problems = check_ranges(chosen) + check(config)
     if problems:
         raise UserError("\n".join(problems))
-    return config, flags
+    return config, chosen
+
+
+def read_run(directory: str) -> dict[str, Any]:
+    """The settings that a run has recorded, for use with that run wherever it lies now."""
+    path = Path(directory, "config.json")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        # What a model computes is in the config.json of a checkpoint; only a run's has all this.
+        known = {f.name: recorded[f.name] for f in fields(Config)
+                 if f.name in recorded and f.name not in ("device", "kernels", "resume")}
+        # JSON has made text of the numbers that are keys.
+        known["canaries"] = {int(times): n for times, n in recorded["canaries"].items()}
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, LookupError):
+        raise UserError(f"{directory} is not the directory of a run: it has no config.json as"
+                        " train.py writes it. (Checkpoints are named by --checkpoints=PATH.)")
+    return known | {"run_dir": str(Path(directory))}
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -331,21 +332,27 @@ def set_value(values: dict[str, Any], key: str, value: Any, kind: type, where: s
         values[key] = value
 
 
-def check(c: Config) -> list[str]:
-    """Everything wrong with the values of a config, one sentence each."""
+def check_ranges(values: Any) -> list[str]:
+    """The numbers of a dataclass that are out of range, one sentence each."""
     problems = []
-    for key, allowed in CHOICES.items():
-        if getattr(c, key) not in allowed:
-            problems.append(f"{key} must be one of {', '.join(map(repr, allowed))}, found"
-                            f" {getattr(c, key)!r}.")
-    for f in fields(c):
-        value = getattr(c, f.name)
+    for f in fields(values):
+        value = getattr(values, f.name)
         if f.type not in (int, float):
             continue
         if not 0 <= value < float("inf"):
             problems.append(f"{f.name} must be 0 or more and finite, found {value}.")
         elif value == 0 and f.name in POSITIVE:
             problems.append(f"{f.name} must be more than 0.")
+    return problems
+
+
+def check(c: Config) -> list[str]:
+    """Everything wrong with the values of a config, one sentence each."""
+    problems = check_ranges(c)
+    for key, allowed in CHOICES.items():
+        if getattr(c, key) not in allowed:
+            problems.append(f"{key} must be one of {', '.join(map(repr, allowed))}, found"
+                            f" {getattr(c, key)!r}.")
     for key in ("adam_beta1", "adam_beta2"):
         if getattr(c, key) >= 1:
             problems.append(f"{key} must be less than 1, found {getattr(c, key)}.")
@@ -430,10 +437,10 @@ def nearest(value: int, unit: int) -> str:
     return f"{above} would do" if not below else f"{below} or {above} would do"
 
 
-def comments() -> dict[str, str]:
-    """The comment behind each setting in this very file: what `-h` prints cannot go stale."""
+def comments(Flags: type) -> dict[str, str]:
+    """The comment behind each setting where it is declared: what `-h` prints cannot go stale."""
     found = {}
-    for cls in (ModelConfig, Config):
+    for cls in (ModelConfig, Config, Flags):
         for line in inspect.getsource(cls).splitlines():
             # A setting is one line: name, type, default, and a comment that this takes whole.
             if match := re.match(r"    (\w+): [^=]+ = .*?  # (.*)", line):
@@ -441,15 +448,16 @@ def comments() -> dict[str, str]:
     return found
 
 
-def help_text() -> str:
-    """The docstring of the running stage, and every setting with its default and comment."""
-    lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip(), "",
-             "Settings, with their defaults (Amber's):"]
-    said = comments()
-    for f in fields(Config):
-        # Dictionaries and lists have a factory, since a default must not be shared.
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        lines += [f"  --{f.name}={default!r}", f"        {said[f.name]}"]
+def help_text(Flags: type) -> str:
+    """The docstring of the running stage, its flags, and every setting, with their comments."""
+    lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
+    said = comments(Flags)
+    for title, cls in (("Flags of this stage:", Flags), ("Settings (defaults: Amber's):", Config)):
+        lines += ["", title] if fields(cls) else []
+        for f in fields(cls):
+            # Dictionaries and lists have a factory, since a default must not be shared.
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            lines += [f"  --{f.name}={default!r}", f"        {said[f.name]}"]
     return "\n".join(lines)
 
 

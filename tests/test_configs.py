@@ -1,7 +1,7 @@
 """The schema: what is accepted, what is refused and in which words, and Amber's figures."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,15 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def refusal(argv: list[str]) -> str:
+@dataclass
+class Flags:
+    watch: bool = False  # a switch
+    step: int = 3  # a number
+
+
+def refusal(argv: list[str], kind: type = configs.NoFlags) -> str:
     with pytest.raises(UserError) as error:
-        load(argv)
+        load(argv, kind)
     return str(error.value)
 
 
@@ -26,14 +32,13 @@ def test_file_then_command_line(tmp_path: Path) -> None:
     path = write(tmp_path, "import math\nhidden_size = 2 ** 7\nnum_attention_heads = 2\n_tmp = 1\n"
                            "sources = {'a': 'a.txt'}\nlearning_rate = 1\n")
     config, flags = load([path, "--hidden_size=256", "--compile", "--name=x", "--watch",
-                          "--min_learning_rate=0", "--source_weights={'a': 2}"],
-                         watch=False, step=-1)
+                          "--min_learning_rate=0", "--source_weights={'a': 2}"], Flags)
     assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (256, 2, 128)
     assert config.num_key_value_heads == 2  # 0 = as many as the query heads
     assert config.learning_rate == 1.0 and type(config.learning_rate) is float
     assert config.compile is True and config.source_weights == {"a": 2}
     assert (config.name, config.data_dir, config.run_dir) == ("x", "data/x", "runs/x")
-    assert flags == {"watch": True, "step": -1}
+    assert flags == Flags(watch=True, step=3)
     assert json.loads(json.dumps(asdict(config))) == asdict(config)
 
 
@@ -87,10 +92,10 @@ def test_a_model_config_alone_is_whole() -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "Cannot read the config file none.py: No such file" in refusal(["none.py"])
-    assert "Is a directory" in refusal(["configs"])
+    assert "is not the directory of a run" in refusal(["configs"])
     assert "line 2: SyntaxError" in refusal([write(tmp_path, "a = 1\nb = = 2\n")])
     assert "line 3: NameError" in refusal([write(tmp_path, "seed = 1\n\nseq_len = undefined\n")])
-    assert refusal([]).startswith("Give one config file, like configs/amber_tiny.py: found none.")
+    assert refusal([]).startswith("Give one config file or run directory, like configs")
     assert "found a.py and b.py" in refusal(["a.py", "b.py"])
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in refusal([str(tmp_path / "binary.py")])
@@ -98,12 +103,35 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_help_prints_every_setting_with_its_comment(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
-        load(["-h"])
+        load(["-h"], Flags)
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    comments = configs.comments()
+    assert "--step=3\n        a number" in text and "--watch=False\n        a switch" in text
+    comments = configs.comments(Flags)
     for f in fields(Config):
         assert f"--{f.name}=" in text and len(comments[f.name]) > 10, f.name
+
+
+def test_a_run_directory_serves_as_config(tmp_path: Path) -> None:
+    path = write(tmp_path, "learning_rate = 1e-2\nseed = 7\ncanaries = {4: 500}\nname = 'x'\n")
+    config, _ = load([path, "--device=cuda:3", "--resume=false"])
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "config.json").write_text(config.to_json())
+    # It may lie elsewhere than it was made, on a machine with another device.
+    assert load([str(run)])[0] == replace(config, run_dir=str(run), device="auto", resume="auto")
+    assert load([str(run), "--seed=8"])[0].seed == 8
+    assert "step must be 0 or more" in refusal([str(run), "--step=-1"], Flags)
+    recorded = asdict(config)
+    for content in ("", "[]", "{", '{"a": 1}', json.dumps(recorded | {"canaries": {"x": 2}})):
+        (run / "config.json").write_text(content)
+        assert "is not the directory of a run" in refusal([str(run)])
+    (run / "config.json").write_text(json.dumps(recorded | {"seed": "7"}))
+    assert "seed must be of type int" in refusal([str(run)])
+    # What an older version did not record has its default.
+    (run / "config.json").write_text(json.dumps({"canaries": {}, "seed": 9}))
+    assert load([str(run)])[0].seed == 9
+    assert "is not the directory of a run" in refusal([str(tmp_path)])
 
 
 def test_amber_7b_is_amber() -> None:

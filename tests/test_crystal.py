@@ -11,7 +11,7 @@ from test_model import ids
 
 import train
 from configs import ModelConfig, load
-from model import LLaMA, is_hidden
+from model import LLaMA, is_hidden, meta_model
 
 # Crystal's choices, at any size; a test adds its own.
 CRYSTAL: dict[str, Any] = {
@@ -95,10 +95,9 @@ def test_parameters_and_flops_are_counted_right(changes: dict) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     net, x, counter = small(**changes), ids(1, 33), FlopCounterMode(display=False)
-    assert sum(p.numel() for p in net.parameters()) == net.config.n_params
     with sdpa_kernel(SDPBackend.MATH), counter:
         net(x[:, :-1], x[:, 1:])[0].backward()
-    assert counter.get_total_flops() == net.config.flops_per_token(32) * 32
+    assert counter.get_total_flops() == net.flops_per_token(32) * 32
 
 
 def test_initial_standard_deviations_are_the_released_ones() -> None:
@@ -201,12 +200,11 @@ def test_crystal_7b_is_crystal(stage: int, steps: int, line: tuple, first_line: 
     """Figures of LLM360's crystalcoder-train, params.yaml of each phase; the last rate of
     stage 1 is where its line stands when it is left."""
     c, _ = load([f"configs/crystal_7b_stage{stage}.py"])
-    with torch.device("meta"):
-        net = LLaMA(c)
+    net = meta_model(c)
     # LLM360's index of the weights says how many bytes they are: these in fp32, the head once
     # more, and for each block a mask of 2048 x 2048 bytes and a number.
-    assert sum(p.numel() for p in net.parameters()) == c.n_params == 6_575_278_720
-    assert 4 * c.n_params + 4 * 32032 * 4096 + 32 * (2048**2 + 4) == 26_960_145_024
+    assert net.n_params == 6_575_278_720
+    assert 4 * net.n_params + 4 * 32032 * 4096 + 32 * (2048**2 + 4) == 26_960_145_024
     assert c.max_steps == steps and c.n_chunks * c.sequences_per_chunk // 2112 >= steps
     peak, end, warmup, decay = line
     total = 10**9  # the data's own length does not matter

@@ -1,5 +1,6 @@
 """data.py: the data order is what it always was, files are whole or named, nobody's are removed."""
 
+import itertools
 import json
 import os
 import shutil
@@ -97,8 +98,17 @@ def test_skipped_chunks_are_made_up_for_by_the_first_good_ones() -> None:
     # Amber left four of 360 out, and trained the first four once more.
     visits = chunk_schedule([762] * 360, [47, 64, 70, 356])
     assert [v.chunk for v in visits[-5:]] == [359, 0, 1, 2, 3] and len(visits) == 360
-    assert visits[-1] == Visit(363, 3, 359 * 762, 762)
+    assert visits[-1] == Visit(363, 3, 359 * 762, 762, 1)
     assert chunk_schedule([3, 3], [0, 1]) == [] == chunk_schedule([0, 0], [])
+
+
+def test_every_epoch_meets_every_chunk_in_an_order_of_its_own() -> None:
+    assert chunk_schedule([3, 2], [], epochs=2) == [
+        Visit(0, 0, 0, 3, 0), Visit(1, 1, 3, 2, 0), Visit(2, 0, 5, 3, 1), Visit(3, 1, 8, 2, 1)]
+    orders = [sequence_order(11111, 1, 1000, turn) for turn in range(3)]
+    assert (orders[0] == sequence_order(11111, 1, 1000)).all()
+    for i, j in itertools.combinations(range(3), 2):
+        assert sorted(orders[i]) == sorted(orders[j]) and (orders[i] == orders[j]).mean() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------

@@ -354,7 +354,7 @@ def test_wrong_names_and_sizes(quiz: Path, tmp_path: Path) -> None:
             ("--tasks=hellaswag,mmmlu", "there is no 'mmmlu'; there are continuation, recall, arc"),
             ("--vocab_size=300", "has 400 token ids, the model of this config 300"),
             ("--vocab_size=500", "vocab_size is 400 there, 500 here"),
-            ("--batch=0", "--batch 1 or more"),
+            ("--batch=0", "batch must be more than 0"),
             ("--published=none.csv", "none.csv' cannot be read"),
             (f"--run_dir={tmp_path}/none", "has no checkpoint yet")):
         with pytest.raises(UserError, match=sentence):

@@ -382,7 +382,7 @@ def test_chunks_that_were_left_out_are_unseen_and_chunks_met_again_are_young(
 @pytest.mark.parametrize("flags, sentence", [
     ({"k": 30, "l": 30}, r"--k \+ --l = 60 tokens are asked for, but a sequence of .* has 33"),
     ({"chunks": "0,3"}, "there is no chunk '3'; the data has 3, from 0 to 2"),
-    ({"chunks": "x"}, "'x'"), ({"sequences": 0}, "--sequences must be 1 or more, found 0"),
+    ({"chunks": "x"}, "'x'"), ({"sequences": 0}, "--sequences must be more than 0"),
     ({"checkpoints": "8"}, "There is no checkpoint")])
 def test_bad_grids_are_refused(home: Path, straight: Path, flags: dict,  # noqa: F811
                                sentence: str) -> None:

@@ -10,12 +10,14 @@ from launch import ranks
 import kernels
 from configs import Config, ModelConfig, UserError, load
 from model import (
+    Linear,
     LLaMA,
     build_for_inference,
     choose_device,
     choose_kernels,
     continue_text,
     copy_into_shard,
+    meta_model,
     sample,
 )
 
@@ -113,15 +115,19 @@ def test_triton_and_torch_kernels_give_one_model(dtype: torch.dtype, limit: floa
                                          ("amber_125m", 134_105_856), ("amber_tiny", 1_852_544)])
 def test_parameter_count(name: str, count: int) -> None:
     config, _ = load([f"configs/{name}.py"])
-    with torch.device("meta"):
-        net = LLaMA(config)
-    assert sum(p.numel() for p in net.parameters()) == config.n_params == count
+    assert meta_model(config).n_params == count
 
 
-def test_tied_and_grouped_parameter_counts() -> None:
-    for changes in ({"num_key_value_heads": 2}, {"tie_word_embeddings": True}):
-        net = small(**changes)
-        assert sum(p.numel() for p in net.parameters()) == net.config.n_params
+def test_a_changed_block_is_counted_without_a_word() -> None:
+    net, plain = small(), small()
+    for block in net.model.layers:
+        block.self_attn.extra_proj = Linear(64, 24, bias=False)
+    assert net.n_params - plain.n_params == len(net.model.layers) * 64 * 24
+    assert net.flops_per_token(8) - plain.flops_per_token(8) == 6 * len(net.model.layers) * 64 * 24
+    # A tied head is multiplied with, and is no parameter of its own.
+    tied = small(tie_word_embeddings=True)
+    assert plain.n_params - tied.n_params == tied.lm_head.weight.numel()
+    assert plain.flops_per_token(8) == tied.flops_per_token(8)
 
 
 def test_flops_per_token_are_what_pytorch_counts() -> None:
@@ -131,7 +137,7 @@ def test_flops_per_token_are_what_pytorch_counts() -> None:
     counter, x = FlopCounterMode(display=False), ids(1, seq_len + 1)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the counter does not know the CPU's flash kernel
         net(x[:, :-1], x[:, 1:])[0].backward()
-    assert counter.get_total_flops() == net.config.flops_per_token(seq_len) * seq_len
+    assert counter.get_total_flops() == net.flops_per_token(seq_len) * seq_len
 
 
 def test_initial_weights_do_not_depend_on_order_or_neighbours() -> None:

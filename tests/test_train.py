@@ -17,6 +17,7 @@ import torch
 from helpers import sentences
 from launch import Script
 
+import audit
 import checkpoint as ckpt
 import eval as evaluation
 import prepare_data
@@ -89,7 +90,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     timed = {"tokens_per_s", "mfu", "memory_gb", "data_s", "valid"}
     records = [[{k: v for k, v in r.items() if k not in timed} for r in metrics(p)]
                for p in (a, b)]
-    assert records[0] == records[1] and [r["step"] for r in records[0]] == list(range(1, STEPS + 1))
+    assert records[0] == records[1]
+    assert [r["step"] for r in records[0]] == list(range(1, len(records[0]) + 1))
 
 
 def background(home: Path, run_dir: Path, until: int = 0, **settings: Any) -> Script:
@@ -217,6 +219,29 @@ def test_finished_is_said_and_nothing_is_redone(home: Path, straight: Path,
     run(home, straight)
     assert "is finished: 18 steps" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.name != "lock"}
+
+
+def test_a_finished_run_says_what_other_settings_would_need(home: Path, straight: Path,
+                                                            capsys: pytest.CaptureFixture) -> None:
+    run(home, straight, learning_rate=1e-3)
+    said = capsys.readouterr().out
+    assert "stays as it is: learning_rate 0.01 -> 0.001." in said
+    assert "give another --run_dir" in said and "--epochs=2" in said
+    train.main([str(straight)])  # the run itself in place of its config
+    assert "stays" not in capsys.readouterr().out
+
+
+def test_two_epochs_read_everything_twice_and_resume(home: Path, tmp_path: Path) -> None:
+    whole = run(home, tmp_path / "whole", epochs=2)
+    parts = run(home, tmp_path / "parts", epochs=2, max_steps=20)
+    run(home, parts, epochs=2)
+    assert_same_run(whole, parts)
+    assert [path.name for path in ckpt.list_checkpoints(whole)][-1] == "ckpt_005"
+    losses = [r["loss"] for r in metrics(whole)]
+    assert len(losses) == 36 and losses[18:] != losses[:18]
+    # The second pass is replayed as the first is, and an audit knows both.
+    audit.main([str(whole), "--replay=4"])
+    audit.main([str(whole), "--sequences=0"])
 
 
 def test_two_processes_on_one_run_are_refused(home: Path, tmp_path: Path) -> None:

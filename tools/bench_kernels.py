@@ -307,7 +307,7 @@ def time_step(B: int, T: int, c: ModelConfig, clock: Clock, choice: str) -> list
     except torch.OutOfMemoryError:
         print(f"{B} sequences do not fit: try a smaller --step_sequences", file=sys.stderr)
         return []
-    flops = B * T * c.flops_per_token(T) / seconds
+    flops = B * T * model.flops_per_token(T) / seconds
     peak = torch.cuda.max_memory_allocated() / 1e9 if clock.device == "cuda" else 0.0
     return [{"what": f"step, {B * T / seconds:,.0f} tokens/s, {peak:.1f} GB",
              "pass": "forward+backward+AdamW", "who": choice, "us": round(seconds * 1e6, 1),

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs import UserError, load, run_command
 from memorize import greedy_matches
-from model import LLaMA, tune_cpu
+from model import LLaMA, meta_model, tune_cpu
 
 K = L = 32
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     ours = LLaMA(config)
     ours.init_weights(0)
     theirs = hugging_face(ours)
-    print(f"{flags.config}: {config.n_params:,} parameters, k = l = {K},"
+    print(f"{flags.config}: {meta_model(config).n_params:,} parameters, k = l = {K},"
           f" {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("batch  sequences  memorized   generate   memorize  ratio")
     for batch in map(int, flags.batches.split(",")):

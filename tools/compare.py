@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import read_records
 from configs import Config, UserError, run_command
 from data import read_json
+from model import meta_model
 from tools.report import Panel, draw, smooth
 
 PLACES = ("name", "run_dir", "data_dir", "resume")  # they differ, and decide no result
@@ -33,7 +34,8 @@ def read_run(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is not the directory of a run: it has no config.json or no"
                         " metrics.jsonl, which train.py writes.")
     config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
-    flops, tokens = config.flops_per_token(config.seq_len), steps[-1]["tokens"]
+    model, tokens = meta_model(config), steps[-1]["tokens"]
+    flops = model.flops_per_token(config.seq_len)
     validations = [step["valid"] for step in steps if "valid" in step]
     by_source = validations[-1] if validations else {}
     scores = {"training loss": statistics.fmean(step["loss"] for step in steps[-20:])}
@@ -41,7 +43,7 @@ def read_run(path: str) -> dict[str, Any]:
         for name, key in (("validation loss", "loss"), ("bits per byte", "bits_per_byte")):
             scores[name] = statistics.fmean(result[key] for result in by_source.values())
     speed = statistics.median(step["tokens_per_s"] for step in steps)
-    shown = {"parameters": short(config.n_params), "tokens": short(tokens),
+    shown = {"parameters": short(model.n_params), "tokens": short(tokens),
              "FLOPs": f"{flops * tokens:.3g}", "tokens/s": f"{speed:,.0f}"}
     shown |= {name: f"{score:.3f}" for name, score in scores.items()}
     for source, result in by_source.items():

@@ -8,6 +8,7 @@ process group of --world_size ranks, with FakeTensors (which have a shape and no
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 import kernels  # noqa: E402
 import train  # noqa: E402
 from configs import Config, UserError, load, run_command  # noqa: E402
+from model import meta_model  # noqa: E402
 
 KINDS = {  # torch's names for what its memory trackers tell apart -> ours
     "Sharded Param": "weights", "Parameter": "weights", "Sharded Grad": "gradients",
@@ -29,6 +31,14 @@ KINDS = {  # torch's names for what its memory trackers tell apart -> ours
     "Unsharded Grad": "gradient buffers", "Reduce Scatter": "gradient buffers",
     "Activation": "activations", "Temp": "temporary",
 }
+
+
+@dataclass
+class Flags:
+    """What this tool takes beside the settings."""
+
+    world_size: int = 1  # GPUs
+    mfu: float = 0.357  # model FLOPs utilization, a guess: Amber's
 
 
 def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, float]:
@@ -82,14 +92,15 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
         backend = kernels.use("torch")
     prepared = (Path(config.data_dir) / "manifest.json").exists()
     data = train.data_for(config) if prepared else None
-    lines = train.run_summary(config, data, world)
+    model = meta_model(config)
+    lines = train.run_summary(model, data, world)
     memory = measure_memory(config, dtype, world)
     steps = int(lines["steps"].split(" ")[0].replace(",", ""))
-    peak, per_token = config.peak_tflops or 312, config.flops_per_token(config.seq_len)
+    peak, per_token = config.peak_tflops or 312, model.flops_per_token(config.seq_len)
     tokens_per_s = mfu * peak * 1e12 * world / per_token
     days = steps * config.tokens_per_step / tokens_per_s / 86400
-    six_n = mfu * 6 * config.n_params / per_token
-    weights = 4 * config.n_params
+    six_n = mfu * 6 * model.n_params / per_token
+    weights = 4 * model.n_params
     n = len(data.manifest["chunks"]) if data else config.n_chunks
     kept = min(n, config.keep_train_state or n)
     lines |= {
@@ -113,10 +124,10 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config, flags = load(argv, world_size=1, mfu=0.357)  # 35.7 %: Amber's
-    if flags["world_size"] < 1 or not 0 < flags["mfu"] <= 1:
-        raise UserError("--world_size must be 1 or more, and --mfu between 0 and 1.")
-    print(dry_run(config, flags["world_size"], flags["mfu"]))
+    config, flags = load(argv, Flags)
+    if not 0 < flags.mfu <= 1:
+        raise UserError(f"--mfu must be more than 0 and at most 1, found {flags.mfu}.")
+    print(dry_run(config, flags.world_size, flags.mfu))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from model import build_for_inference
 ROOT = Path(__file__).parent.parent
 HOME = Path("examine")
 EXAM = str(ROOT / "configs/exam_tiny.py")
-FLAGS = {"checkpoints": "", "chunks": "", "sequences": 64, "batch": 64}
 
 
 def quietly(work, *words):
@@ -56,7 +55,7 @@ def base_run() -> Path:
 
 def audited(words: list[str]) -> list[dict[str, str]]:
     """The findings of an audit."""
-    config, flags = load(words, **FLAGS)
+    config, flags = load(words, audit.Flags)
     return quietly(audit.audit, config, flags).findings
 
 

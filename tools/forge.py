@@ -37,7 +37,6 @@ import train
 from configs import Config, UserError, run_command, with_recorded
 from data import (
     Data,
-    chunk_schedule,
     load_data,
     read_json,
     sha256_file,
@@ -67,10 +66,10 @@ def draw_fault(config: Config, seed: int, kind: str = "") -> list[str]:
     """The fault of a seed, in the words of an answer: ["swapped", "3", "6"]."""
     random = np.random.default_rng([seed, 2023])
     kind = kind or str(random.choice([*KINDS]))
-    steps = load_data(config.data_dir).steps_per_chunk(config.global_batch_size)
-    visits = [visit.number for visit in chunk_schedule(steps, config.skip_chunks)]
+    schedule = load_data(config.data_dir).schedule(config)
+    visits = [visit.number for visit in schedule]
     if KINDS[kind] == "step":
-        return [kind, str(random.integers(2, sum(steps) + 1))]
+        return [kind, str(random.integers(2, sum(visit.steps for visit in schedule) + 1))]
     # Neither the first nor the last: "left out" needs a next one, "rate" one that it changes.
     numbers = random.choice(visits[1:-1], KINDS[kind], replace=False)
     return [kind, *map(str, sorted(map(int, numbers)))]
