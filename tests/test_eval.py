@@ -22,9 +22,9 @@ import memorize
 import prepare_data
 import train
 from configs import UserError, load
-from data import load_data
+from data import load_data, write_json
 from model import build_for_inference, continue_text
-from tools import compare, report
+from tools import bands, compare, report
 
 # A window that the longest prompts of the tasks below exceed and the others do not.
 CONFIG = """
@@ -503,3 +503,37 @@ def test_published_scores_lie_beside_ours(quiz: Path, measured: list, tmp_path: 
     theirs = evaluation.published_scores(load(["configs/amber_7b.py"])[0].published, entries)
     assert theirs["hellaswag"][0] == (3495690240.0, 0.2483) and len(theirs["hellaswag"]) == 356
     assert theirs["mmlu_macro"][-1][1] == pytest.approx(0.2853)  # ckpt_355 on the model's card
+
+
+def test_a_run_is_held_against_other_seeds(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
+                                           monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture) -> None:
+    run, file = tmp_path / "run", tmp_path / "bands.json"
+    shutil.copytree(straight, run)
+    monkeypatch.setattr(bands, "BANDS", file)
+
+    def said(*words: str) -> str:
+        bands.main([str(run), *words])
+        return capsys.readouterr().out
+
+    assert "has no bands of mini" in said()
+    with pytest.raises(UserError, match="has no results of its last checkpoint"):
+        bands.figures(run)
+    evaluation.main(argv(home, run, checkpoints="last"))
+    config, found = load(argv(home, run))[0], bands.figures(run)
+    assert set(found) == {"bits per byte of prose", "bits per byte of code",
+                          "accuracy of continuation", "accuracy of recall"}
+    entry = {"seeds": 2, "data_sha256": load_data(config.data_dir).sha256,
+             "settings": bands.decisive(json.loads(config.to_json())),
+             "figures": {name: [x - 0.001, x + 0.001] for name, x in found.items()}}
+    write_json(file, {"mini": entry})
+    capsys.readouterr()
+    assert "is as expected: 4 of 4 figures" in said()
+    entry["figures"]["bits per byte of code"] = [1.0, 1.001]
+    write_json(file, {"mini": entry})
+    text = said()
+    assert "is NOT as expected:\n  bits per byte of code is" in text and text.count("\n") == 2
+    write_json(file, {"mini": entry | {"settings": entry["settings"] | {"weight_decay": 0.5}}})
+    assert "has a weight_decay of its own" in said()
+    write_json(file, {"mini": entry | {"data_sha256": "0" * 64}})
+    assert "is not the data that docs/bands.json is about" in said()
