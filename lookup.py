@@ -254,7 +254,7 @@ def show_losses(config: Config, data: Data, places: list[Place],
         if asked and (step or started_from):
             ckpt.load_weights(model, found[step])
         elif asked:
-            model.init_weights(config.seed)
+            model.init_weights(config.init_seed or config.seed)
         for k in asked:
             losses[k, step] = f"{passage_loss(model, data, places[k]):.3f} ({found[step]})"
     print("The losses of these passages, in nats per token, before and after their chunk:")
@@ -284,20 +284,26 @@ def show_outliers(config: Config, command: str) -> None:
     if len(log) < WINDOW:
         raise UserError(f"{config.run_dir}/metrics.jsonl has {len(log)} steps, and a band is made"
                         f" of {WINDOW}: run train.py with this config first.")
+    found = find_outliers(log)
+    print(f"{len({step for step, *_ in found})} of {len(log):,} steps leave the band of the"
+          f" {WINDOW} steps around them")
+    for step, key, value, low, high, record in found:
+        by_source = record.get("loss_by_source") or {"unknown": float("nan")}
+        worst = max(by_source, key=by_source.get)
+        print(f"step {step}, chunk {record.get('chunk')}: {key} {value:.3f}, band {low:.3f} to"
+              f" {high:.3f}, largest loss {worst} {by_source[worst]:.3f}: {command} --step={step}")
+
+
+def find_outliers(log: list[dict[str, Any]]) -> list[tuple]:
+    """(step, "loss" or "grad_norm", value, low, high, record) of those outside their band."""
     found = []
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm") if len(log) >= WINDOW else ():
         values = np.array([record[key] for record in log], dtype=float)
         low, high = band(values)
         # A value that is not finite is in no band.
         for k in np.flatnonzero(~((low <= values) & (values <= high))).tolist():
             found.append((log[k]["step"], key, values[k], low[k], high[k], log[k]))
-    print(f"{len({step for step, *_ in found})} of {len(log):,} steps leave the band of the"
-          f" {WINDOW} steps around them")
-    for step, key, value, low, high, record in sorted(found, key=lambda f: f[:2]):
-        by_source = record.get("loss_by_source") or {"unknown": float("nan")}
-        worst = max(by_source, key=by_source.get)
-        print(f"step {step}, chunk {record.get('chunk')}: {key} {value:.3f}, band {low:.3f} to"
-              f" {high:.3f}, largest loss {worst} {by_source[worst]:.3f}: {command} --step={step}")
+    return sorted(found, key=lambda f: f[:2])
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

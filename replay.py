@@ -125,7 +125,7 @@ def load_start(run: train.TrainState, visit: Visit, manifest: dict[str, Any]) ->
         origin = Path(run.config.init_from or manifest["started_from"]["path"])
         ckpt.load_weights(run.model, origin)
         return origin
-    run.model.init_weights(run.config.seed)
+    run.model.init_weights(run.config.init_seed or run.config.seed)
     return "the initial weights"
 
 

@@ -469,7 +469,7 @@ def resume(run: TrainState) -> list[str]:
                             "weights_sha256": ckpt.weights_hash(Path(c.init_from))}
         notes.append(f"Weights from {c.init_from}.")
     else:
-        run.model.init_weights(c.seed)
+        run.model.init_weights(c.init_seed or c.seed)
     return notes
 
 

@@ -101,6 +101,7 @@ class Config(ModelConfig):
     valid_documents: int = 0  # hold out one whole document in so many, by hash; 0 = any sequences
     workers: int = 0  # processes; 0 = one per core
     seed: int = 11111  # of the data order, the validation sequences and the initial weights
+    init_seed: int = 0  # of the initial weights alone; 0 = seed
 
     # -- train.py: batch and schedule
     global_batch_size: int = 2240  # sequences per optimizer step, over all processes
@@ -192,7 +193,7 @@ RENAMED = {
     "show_step": "python lookup.py CONFIG --step=N", "step": "python lookup.py CONFIG --step=N",
     "replay": "python audit.py CONFIG --replay=N",
     "verify": "python audit.py CONFIG", "dry_run": "python tools/dry_run.py CONFIG",
-    "compare": "python tools/compare.py runs/a runs/b",
+    "compare": "python tools/report.py runs/a runs/b",
 }
 
 

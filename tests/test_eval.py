@@ -1,6 +1,8 @@
 """The same numbers as lm-evaluation-harness; nothing measured twice, nothing lost."""
 
+import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from configs import UserError, load
 from data import load_data, write_json
 from model import build_for_inference, continue_text
 from tools import bands, compare, report
+from tools.page import smooth
 
 # A window that the longest prompts of the tasks below exceed and the others do not.
 CONFIG = """
@@ -409,6 +413,19 @@ def test_watch_follows_a_run(home: Path, straight: Path, tmp_path: Path,  # noqa
 # ---- what is printed, and drawn
 
 
+def html_of(path: Path) -> ElementTree.Element:
+    """A page that is well-formed, and asks for nothing from anywhere and runs nothing."""
+    text = path.read_text(encoding="utf-8")
+    page = ElementTree.fromstring(text.removeprefix("<!doctype html>"))
+    for element in page.iter():
+        assert element.tag.rpartition("}")[2] not in ("script", "link", "iframe", "img")
+        for key, value in element.attrib.items():
+            assert not key.startswith("on")
+            if key.rpartition("}")[2] in ("href", "src"):
+                assert value.startswith(("#", "data:image/png;base64,")), value
+    return page
+
+
 def test_compare(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     paths = []
     for rate in ("1e-2", "1e-3"):
@@ -421,11 +438,27 @@ def test_compare(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "learning_rate" in text and "hidden_size" not in text and "run_dir" not in text
     assert "rate_1e-2_1  rate_1e-2_2  rate_1e-3_1" in text
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("learning_rate ")]
-    assert len(rows[0]) == 5 and [row[1:3] for row in rows[1:]] == [["0.01", "2"], ["0.001", "2"]]
+    assert len(rows[0]) == 5 and [row[1:3] for row in rows[1:3]] == [["0.01", "2"], ["0.001", "2"]]
     losses = [ckpt.read_records(Path(p) / "metrics.jsonl")[-1]["valid"] for p in paths[:2]]
     both = [np.mean([v["loss"] for v in valid.values()]) for valid in losses]
     assert f"{np.mean(both):.3f} ± {np.std(both, ddof=1):.3f}" in text
     assert "validation loss" in text and "FLOPs" in text
+    # Seed by seed: what the seed does to both of a pair is not in the error.
+    valid = [ckpt.read_records(Path(p) / "metrics.jsonl")[-1]["valid"]["prose"] for p in paths]
+    a, b, c, d = (v["bits_per_byte"] for v in valid)
+    mean, error = np.mean([c - a, d - b]), np.std([c - a, d - b], ddof=1) / math.sqrt(2)
+    [line] = [line for line in text.splitlines() if " prose  " in line and "0.001 - " in line]
+    assert f"  2  {mean:+.3f} ± {error:.3f}  " in line
+    table = list(csv.reader((tmp_path / "compare.csv").open()))
+    assert len(table) == 5 and "learning_rate" in table[0] and "0.001" in table[3]
+    html_of(tmp_path / "compare.html")
+    train.main(argv(home, tmp_path / "longer", max_steps=12))
+    capsys.readouterr()
+    compare.main([paths[0], str(tmp_path / "longer")])
+    assert "All are compared at 2,048 tokens" in capsys.readouterr().out
+    assert compare.judge([0.3, 0.31, 0.29]) == ("+0.300 ± 0.006", "more than chance")
+    assert compare.judge([0.1, -0.06])[1] == "nothing yet: about 124 more seeds would decide"
+    assert compare.judge([0.1])[1].startswith("one pair has no error")
     with pytest.raises(UserError, match="two or more"):
         compare.main([paths[0]])
     with pytest.raises(UserError, match="nowhere is not the directory of a run"):
@@ -442,12 +475,23 @@ def test_pictures_of_a_run(quiz: Path, measured: list, tmp_path: Path,
     assert text.curves == {"validation text": [
         (entry["tokens"], entry["text"]["validation text"]["bits_per_byte"])]}
     assert tasks.curves["piqa"] == [(entry["tokens"], entry["tasks"]["piqa"]["acc_norm"])]
-    assert report.smooth([(x, 2 * x) for x in range(86)])[:2] == [(0.5, 1.0), (2.5, 5.0)]
+    assert smooth([(x, 2 * x) for x in range(86)])[:2] == [(0.5, 1.0), (2.5, 5.0)]
     with pytest.raises(UserError, match="is not the directory of a run"):
         report.main([str(tmp_path)])
     pytest.importorskip("matplotlib")
-    report.main([str(quiz / "run")])
-    assert (quiz / "run/curves.png").stat().st_size > 10_000
+    config = str(quiz / "quiz.py")
+    page = html_of(report.write_report(load([config])[0]))
+    assert [h.text for h in page.iter("h2")] == [
+        "Metrics and analyses", "Checkpoints", "Data, in its order", "Code and configuration"]
+    assert sum(e.tag.endswith("}svg") for e in page.iter()) == 3
+    said = "".join(page.itertext())
+    assert "This run has not been audited" in said and "has not been measured" in said
+    # What stands in the files of a run is a stranger's: it stays text.
+    log = quiz / "run/train.log"
+    before = log.read_text() if log.exists() else ""
+    log.write_text(before + "step 7/9\nsample: '<img src=x onerror=alert(1)>\\x00'\n")
+    page = html_of(report.write_report(load([config])[0]))
+    assert any("<img src=x" in (pre.text or "") for pre in page.iter("pre"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install matplotlib"):
         report.main([str(quiz / "run")])
@@ -466,8 +510,16 @@ def test_a_run_is_drawn_with_those_it_goes_on_from(
     pytest.importorskip("matplotlib")
     memorize.main(argv(home, second, k=8, l=8))
     report.main([str(second)])
-    assert {path.name for path in second.glob("*.png")} == {
-        "curves.png", "stages.png", "memorization.png"}
+    page = html_of(second / "report.html")
+    assert "With the runs that it goes on from: bits per byte" in [h.text for h in page.iter("h3")]
+    assert sum(e.tag.endswith("}svg") for e in page.iter()) == 3 + 2 + 4
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser:
+        opened = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
+             "--dump-dom", (second / "report.html").as_uri()], capture_output=True, text=True)
+        assert opened.stdout.count("<figure>") == 9
 
 
 def test_a_prompt_is_continued_as_it_is_generated(

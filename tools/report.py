@@ -1,82 +1,146 @@
-"""Draw the pictures of a run, as far as its files go. Needs matplotlib: pip install matplotlib.
+"""Everything about a run on one page, runs/NAME/report.html; or runs side by side.
 
-    python tools/report.py runs/amber_tiny
+    python tools/report.py runs/amber_tiny          # needs matplotlib, and no network
+    python tools/report.py runs/a runs/b ...        # a comparison: see tools/compare.py
 
-curves.png        training loss by source; bits per byte and accuracy of every checkpoint measured
-stages.png        for a run that goes on from another (Crystal): bits per byte through all of them
-memorization.png  what memorize.py found: scores and losses by checkpoint and chunk, and by age
+Its four sections are the four things that LLM360 publishes of a training: the data in their order,
+code and configuration, checkpoints, metrics with analyses. Beside each figure stands the command
+that it comes from.
 """
 
+import ast
 import re
-import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from checkpoint import list_checkpoints, read_manifest, read_records, weights_hash
-from configs import UserError, run_command
-from data import read_json
-from eval import by_checkpoint, published_scores, value
-from memorize import cell_means, double_center
+from checkpoint import list_checkpoints, read_manifest, read_records, weights_hash  # noqa: E402
+from configs import Config, UserError, load, run_command  # noqa: E402
+from data import load_data, read_json  # noqa: E402
+from eval import by_checkpoint, published_scores, value  # noqa: E402
+from lookup import find_outliers, read_log  # noqa: E402
+from memorize import cell_means, double_center  # noqa: E402
+from model import meta_model  # noqa: E402
+from tools import compare  # noqa: E402
+from tools.page import (  # noqa: E402
+    Panel,
+    Points,
+    curve_figures,
+    draw,
+    grid,
+    import_pyplot,
+    paragraph,
+    smooth,
+    source,
+    table,
+    text,
+    write_page,
+)
 
-Points = list[tuple[float, float]]  # (tokens or FLOPs, value)
+# ---------------------------------------------------------------------------------------------
+# data
 
 
-class Panel(NamedTuple):
-    title: str
-    x_name: str
-    curves: dict[str, Points]
-    published: dict[str, Points] = {}  # another run's, dotted in the colour of ours
-
-
-def import_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; UserError where it is not installed."""
+def data_section(config: Config) -> str:
+    """What the run has seen, and in what order."""
     try:
-        import matplotlib
-    except ImportError:
-        raise UserError("The pictures need matplotlib, which is not installed here: pip install"
-                        " matplotlib.")
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-    return pyplot
+        data = load_data(config.data_dir)
+    except UserError as error:
+        return paragraph(str(error))
+    m = data.manifest
+    n = sum(chunk["sequences"] for chunk in m["chunks"])
+    lines = []
+    for entry in m["sources"]:
+        lines.append([entry["name"], entry.get("weight", 1), f"{entry.get('documents', 0):,}",
+                      f"{entry.get('bytes', 0) / 1e6:.2f}", f"{entry['train_sequences']:,}",
+                      f"{entry['train_sequences'] / n:.1%}", entry["valid_sequences"]])
+    order = (f"Step s (from 0) of chunk c reads the sequences default_rng([{config.seed}, c])"
+             f".permutation(n)[s*B:(s+1)*B], where the chunk has n sequences and B is"
+             f" {config.global_batch_size}. In a later pass p the key is [{config.seed}, c, p].")
+    chunks = [[i, f"{c['sequences']:,}", c["sha256"]] for i, c in enumerate(m["chunks"])]
+    return "".join([
+        paragraph(f"{n:,} sequences of {data.seq_len} + 1 tokens in {len(m['chunks'])} chunks, seen"
+                  f" {config.epochs} x; tokenizer {m['tokenizer']['kind']} with {data.n_vocab:,}"
+                  f" ids; sha256 of the manifest {data.sha256}."),
+        table(["source", "weight", "documents", "MB", "sequences", "share", "validation"], lines),
+        source(f"python prepare_data.py {config.run_dir}"), paragraph(order),
+        source(f"python lookup.py {config.run_dir} --step=1"),
+        f"<details><summary>sha256 of every chunk</summary>"
+        f"{table(['chunk', 'sequences', 'sha256'], chunks)}</details>"])
 
 
-def draw(path: Path, panels: list[Panel]) -> None:
-    """Write panels with curves as one picture, three in a row."""
-    pyplot = import_pyplot()
-    panels = [panel for panel in panels if any(panel.curves.values())]
-    width, height = max(1, min(3, len(panels))), -(-len(panels) // 3) or 1
-    figure, axes = pyplot.subplots(height, width, figsize=(5 * width + 1, 3.8 * height),
-                                   layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    for axis, panel in zip(axes.flat, panels):
-        for i, (name, points) in enumerate(panel.curves.items()):
-            # A few points are checkpoints, and each is marked; many are a curve.
-            axis.plot([x for x, _ in points], [y for _, y in points], f"C{i}", linewidth=1,
-                      marker="." if len(points) < 50 else "",
-                      label=name.removeprefix("validation "))
-            if name in panel.published:
-                x, y = zip(*panel.published[name])
-                axis.plot(x, y, f"C{i}:", label=f"{name}, published")
-        axis.set(title=panel.title, xlabel=panel.x_name)
-        axis.legend(fontsize="x-small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+# ---------------------------------------------------------------------------------------------
+# code and configuration
 
 
-def smooth(points: Points) -> Points:
-    """At most 85 points, each the mean of neighbours: single steps are noise."""
-    size = -(-len(points) // 85) or 1
-    means = []
-    for i in range(0, len(points), size):
-        x, y = zip(*points[i : i + size])
-        means.append((statistics.fmean(x), statistics.fmean(y)))
-    return means
+def code_section(config: Config, manifest: dict[str, Any]) -> str:
+    """With which code, on what, and with which settings."""
+    facts = [["commit", manifest.get("git_commit") or "not known"],
+             *manifest.get("environment", {}).items()]
+    default, settings = asdict(Config()), asdict(config)
+    own = [[key, repr(v), repr(default[key])] for key, v in settings.items() if v != default[key]]
+    return "".join([
+        table(["", ""], facts), source(f"{config.run_dir}/ckpt_*/manifest.json"),
+        table(["setting", "here", "Amber's"], own),
+        source(f"{config.run_dir}/config.json", "python train.py -h"),
+        "<details><summary>every setting</summary>"
+        f"{table(['setting', 'value'], [[k, repr(v)] for k, v in settings.items()])}</details>"])
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def samples(run_dir: Path) -> dict[int, str]:
+    """The text that the model wrote at the end of each chunk, by step, from train.log."""
+    found, step, file = {}, 0, run_dir / "train.log"
+    log = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in log.split("\n"):
+        if match := re.match(r"step (\d+)/", line):
+            step = int(match[1])
+        elif match := re.fullmatch(r"sample: (['\"].*)", line):
+            try:
+                found[step] = str(ast.literal_eval(match[1]))
+            except (ValueError, SyntaxError):
+                continue
+    return found
+
+
+def checkpoint_section(config: Config, manifests: dict[str, dict]) -> str:
+    """Each checkpoint, what it writes, and what an audit says of it."""
+    run_dir, lines = Path(config.run_dir), []
+    for name, m in manifests.items():
+        state = "with optimizer" if (run_dir / name / "train_state").exists() else "weights"
+        lines.append([name, f"{m['step']:,}", f"{m['tokens']:,}", m["chunk"], state,
+                      m["weights_sha256"][:16]])
+    parts = [table(["checkpoint", "step", "tokens", "chunk", "", "sha256 of the weights"], lines)]
+    audit = read_json(run_dir / "audit.json")
+    if audit:
+        checks = ("files", "twins", "path", "trace", "log")
+        rows = [[name, *(cells.get(c, "-") for c in checks)]
+                for name, cells in audit.get("checkpoints", {}).items()]
+        parts += ["<h3>Audit</h3>", table(["checkpoint", *checks], rows)]
+        for found in audit.get("findings", []) or [{"check": "", "sentence": "Nothing found."}]:
+            parts.append(paragraph(f"{found['check']} {found['sentence']}".strip()))
+    else:
+        parts.append(paragraph("This run has not been audited."))
+    parts.append(source(f"python audit.py {run_dir}"))
+    written = samples(run_dir)
+    if written:
+        parts.append(f"<h3>What it wrote, from {text(repr(config.sample_prompt))} on</h3>")
+        parts += [f"<p>step {step:,}</p><pre>{text(words)}</pre>"
+                  for step, words in written.items()]
+        parts.append(source(f'python eval.py {run_dir} --prompt="{config.sample_prompt}"'))
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics and analyses
 
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:
@@ -92,9 +156,9 @@ def curve_panels(run_dir: Path) -> list[Panel]:
     """Training loss, bits per byte and accuracy over tokens."""
     losses: dict[str, Points] = {}
     for record in read_records(run_dir / "metrics.jsonl"):
-        for source, loss in record.get("loss_by_source", {}).items():
-            losses.setdefault(source, []).append((record["tokens"], loss))
-    losses = {source: smooth(points) for source, points in losses.items()}
+        for name, loss in record.get("loss_by_source", {}).items():
+            losses.setdefault(name, []).append((record["tokens"], loss))
+    losses = {name: smooth(points) for name, points in losses.items()}
     panels = [Panel("training loss", "tokens", losses)]
     entries = measured(run_dir)
     if entries:
@@ -139,70 +203,113 @@ def stage_panels(runs: list[tuple[Path, int]]) -> list[Panel]:
     """A panel per source, bits per byte over the tokens of all stages, a curve per stage."""
     sources: dict[str, dict[str, Points]] = {}
     for run, before in runs:
-        for source, points in curves(measured(run), "text").items():
+        for name, points in curves(measured(run), "text").items():
             shifted = [(before + tokens, y) for tokens, y in points]
-            sources.setdefault(source, {})[run.name] = shifted
-    return [Panel(source.removeprefix("validation "), "tokens", lines)
-            for source, lines in sources.items()]
+            sources.setdefault(name, {})[run.name] = shifted
+    return [Panel(name.removeprefix("validation "), "tokens", lines)
+            for name, lines in sources.items()]
 
 
-def draw_memorization(path: Path, summary: dict[str, Any]) -> None:
-    """The summary in memorization.json as a picture of six panels."""
-    pyplot = import_pyplot()
-    names, chunks = summary["checkpoints"], summary["chunks"]
-    labels = [re.sub(r"^ckpt_0*(?=\d)", "", name) for name in names]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+def result_table(entries: list[dict[str, Any]]) -> str:
+    """The figures of the last checkpoint."""
+    rows = []
+    for name, r in entries[-1]["text"].items():
+        rows.append([name, f"{r['bits_per_byte']:.3f} bits per byte", f"loss {r['loss']:.3f}"])
+    for name, r in entries[-1]["tasks"].items():
+        rows.append([name, f"{value(r):.3f} ± {r[r['metric'] + '_se']:.3f}",
+                     f"{r['metric']} of {r['n']:,}, chance {r['chance']:.3f}"])
+    return table([entries[-1]["checkpoint"], "", ""], rows)
 
-    def image(axis: Any, values: Any, title: str, columns: list) -> None:
-        values = np.array(values, float)  # a correlation that is not defined (None) becomes NaN
+
+def heat_figure(title: str, values: Any, rows: list, columns: list) -> str:
+    """Values (C, N) as an image, a line per checkpoint."""
+    values = np.array(values, float)  # a correlation that is not defined (None) becomes NaN
+
+    def work(axis: Any) -> None:
         high = None if values.any() else 1  # a scale for nothing but zeros
         shown = axis.imshow(values, aspect="auto", origin="lower", vmax=high)
-        figure.colorbar(shown, ax=axis)
+        axis.figure.colorbar(shown, ax=axis)
         ticks = np.unique(np.linspace(0, len(columns) - 1, 12).round().astype(int))
-        axis.set(title=title, ylabel="checkpoint", yticks=range(len(labels)), yticklabels=labels,
+        axis.set(title=title, ylabel="checkpoint", yticks=range(len(rows)), yticklabels=rows,
                  xticks=ticks, xticklabels=[columns[i] for i in ticks])
 
-    image(axes[0, 0], 100 * cell_means(summary, "score"), "score, %, by chunk", chunks)
-    image(axes[0, 1], -double_center(cell_means(summary, "loss")),
-          "loss, nats below the levels, by chunk", chunks)
-    image(axes[0, 2], summary["correlation"]["score"], "correlation of the sequences' scores",
-          labels)
+    return draw(work)
+
+
+def memorization_part(run_dir: Path, summary: dict[str, Any]) -> str:
+    """Heat maps, and the forgetting curve."""
+    labels = [re.sub(r"^ckpt_0*(?=\d)", "", name) for name in summary["checkpoints"]]
     # With few checkpoints or chunks, ages cannot be told from levels: then all ages as they are.
     by_age = summary["forgetting"] or summary["by_age"]
-    axes[1, 0].errorbar([age.replace(" and more", "+") for age in by_age],
-                        [figures["loss"] for figures in by_age.values()],
-                        [figures["loss_se"] for figures in by_age.values()], marker=".")
-    axes[1, 0].set(xlabel="age: chunks since it was seen", ylabel="loss, nats",
-                   title="loss against unseen chunks" if summary["forgetting"] else "")
-    for name, counts in zip(names, summary["histogram"]):
-        axes[1, 1].plot(counts, label=name)
-    axes[1, 1].set(xlabel="agreeing positions", ylabel="sequences", yscale="symlog")
-    axes[1, 1].legend(fontsize="x-small")
-    sources = summary["by_source"]
-    axes[1, 2].barh(list(sources), [100 * figures["score"] for figures in sources.values()],
-                    xerr=[100 * figures["score_se"] for figures in sources.values()])
-    axes[1, 2].set(xlabel=f"score of {names[-1]}, %")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+    def forgetting(axis: Any) -> None:
+        axis.errorbar([age.replace(" and more", "+") for age in by_age],
+                      [f["loss"] for f in by_age.values()],
+                      [f["loss_se"] for f in by_age.values()], marker=".")
+        axis.set(xlabel="chunks since it was seen", ylabel="nats",
+                 title="loss against unseen chunks" if summary["forgetting"] else "loss by age")
+
+    return "<h3>What it remembers</h3>" + grid([
+        draw(forgetting),
+        heat_figure("loss, nats below the levels, by chunk",
+                    -double_center(cell_means(summary, "loss")), labels, summary["chunks"]),
+        heat_figure("memorization score, %, by chunk", 100 * cell_means(summary, "score"), labels,
+                    summary["chunks"]),
+        heat_figure("correlation of the sequences' scores", summary["correlation"]["score"], labels,
+                    labels)]) + source(f"python memorize.py {run_dir}")
+
+
+def metrics_section(config: Config) -> str:
+    """Curves, scores, memory, and the steps that stand out."""
+    run_dir, parts = Path(config.run_dir), [curve_figures(curve_panels(Path(config.run_dir)))]
+    parts.append(source(f"{run_dir}/metrics.jsonl", f"python eval.py {run_dir}"))
+    entries = measured(run_dir)
+    if entries:
+        parts += [result_table(entries), source(f"python eval.py {run_dir}")]
+    else:
+        parts.append(paragraph(f"It has not been evaluated: python eval.py {run_dir}"))
+    if len(runs := parent_runs(run_dir)) > 1:
+        parts += ["<h3>With the runs that it goes on from: bits per byte</h3>",
+                  curve_figures(stage_panels(runs))]
+    summary = read_json(run_dir / "memorization.json")
+    parts.append(memorization_part(run_dir, summary) if summary else paragraph(
+        f"What it remembers has not been measured: python memorize.py {run_dir}"))
+    outliers = find_outliers([r for _, r in sorted(read_log(config).items()) if "loss" in r])
+    rows = [[step, key, f"{v:.3f}", f"{low:.3f} to {high:.3f}"]
+            for step, key, v, low, high, _ in outliers[:20]]
+    parts.append(f"<h3>Steps that stand out: {len(outliers)}</h3>")
+    parts.append(table(["step", "", "is", "band of the steps around it"], rows) if rows else "")
+    parts.append(source(f"python lookup.py {run_dir} --outliers"))
+    return "".join(parts)
+
+
+def write_report(config: Config) -> Path:
+    """Write report.html of a run; returns its path."""
+    run_dir, steps = Path(config.run_dir), read_records(Path(config.run_dir, "metrics.jsonl"))
+    manifests = {path.name: read_manifest(path) for path in list_checkpoints(run_dir)}
+    newest = next(reversed(manifests.values()), {})
+    model, tokens = meta_model(config), steps[-1]["tokens"] if steps else 0
+    flops = model.flops_per_token(config.seq_len) * tokens
+    intro = paragraph(f"{model.n_params:,} parameters, {tokens:,} tokens in {len(steps):,} steps,"
+                      f" {flops:.3g} FLOPs.") + source(f"python tools/report.py {run_dir}")
+    write_page(run_dir / "report.html", str(run_dir), intro, {
+        "Metrics and analyses": metrics_section(config),
+        "Checkpoints": checkpoint_section(config, manifests),
+        "Data, in its order": data_section(config),
+        "Code and configuration": code_section(config, newest)})
+    return run_dir / "report.html"
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("Give one run directory: python tools/report.py runs/NAME")
-    run_dir = Path(argv[0])
-    if not (run_dir / "metrics.jsonl").exists():
-        raise UserError(f"{run_dir} is not the directory of a run: it has no metrics.jsonl, which"
-                        " train.py writes.")
-    draw(run_dir / "curves.png", curve_panels(run_dir))
-    print(f"Curves: {run_dir / 'curves.png'}")
-    runs = parent_runs(run_dir)
+    runs = [word for word in argv if not word.startswith("-")]
+    import_pyplot()  # where it is not installed, that is said before any work
     if len(runs) > 1:
-        draw(run_dir / "stages.png", stage_panels(runs))
-        print(f"Stages: {run_dir / 'stages.png'}")
-    summary = read_json(run_dir / "memorization.json")
-    if summary:
-        draw_memorization(run_dir / "memorization.png", summary)
-        print(f"Memorization: {run_dir / 'memorization.png'}")
+        return compare.main(argv)
+    config, _ = load(argv)
+    if not Path(config.run_dir, "metrics.jsonl").exists():
+        raise UserError(f"{config.run_dir} is not the directory of a run: it has no metrics.jsonl,"
+                        " which train.py writes.")
+    print(f"Report: {write_report(config)}")
 
 
 if __name__ == "__main__":
