@@ -80,6 +80,7 @@ def audit(config: Config, flags: Flags) -> Report:
         raise UserError(f"{config.data_dir} has {data.n_vocab} token ids in sequences of"
                         f" {data.seq_len}: more than this model was made for.")
     paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    config = ckpt.with_network(config, paths[0])
     chunks = choose_chunks(flags.chunks, chunk_numbers(data))
     schedule = data.schedule(config)
     visits, points = {visit.number: visit for visit in schedule}, []

@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from configs import Config, ModelConfig, UserError
+from configs import Config, ModelConfig, UserError, check
 from data import (
     MARK,
     begin_unfinished,
@@ -45,8 +45,14 @@ from data import (
     sha256_json,
     write_json,
 )
-from model import LLaMA, copy_into_shard, is_hidden
-from tokenizer import Tokenizer
+from model import (
+    LLaMA,
+    build_for_inference,
+    choose_kernels,
+    copy_into_shard,
+    is_hidden,
+)
+from tokenizer import Tokenizer, open_tokenizer
 
 FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a pickle
 # ckpt_007 is the checkpoint at the end of a chunk, step_0000123 a rolling one in between.
@@ -180,59 +186,95 @@ def read_tensors(directory: Path, stem: str = "model") -> Iterator[tuple[str, Te
 # ---------------------------------------------------------------------------------------------
 # config.json, ours and others'
 
-# What transformers' LLaMA can be told. A model that needs another setting is not called a LLaMA.
+# What transformers' LLaMA can be told, and the parameters that it has. A model that has another
+# setting or another parameter is not called a LLaMA.
 LLAMA_SETTINGS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rms_norm_eps rope_theta tie_word_embeddings initializer_range""".split()
+LLAMA_PARAMETERS = re.compile(
+    r"(model\.(embed_tokens|norm)|lm_head|model\.layers\.\d+\.((input|post_attention)_layernorm"
+    r"|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))\.weight")
+# These decide the weights at the beginning of training, and nothing once there are weights.
+INITIAL = ("initializer_range", "init_truncated", "init_by_depth")
 
 
-def is_llama(c: ModelConfig) -> bool:
-    """Whether transformers' LLaMA computes what this model does."""
+def is_llama(model: LLaMA) -> bool:
+    """Whether transformers' LLaMA has the settings and the parameters that this model has."""
     # Every setting that transformers' LLaMA does not know must have its default. LLAMA_SETTINGS
     # lists those it knows, so that a setting added tomorrow is looked at though nobody lists it.
-    default = ModelConfig()
-    return all(getattr(c, f.name) == getattr(default, f.name)
-               for f in fields(ModelConfig) if f.name not in LLAMA_SETTINGS)
+    default, c = ModelConfig(), model.config
+    settings = all(getattr(c, f.name) == getattr(default, f.name) for f in fields(ModelConfig)
+                   if f.name not in LLAMA_SETTINGS)
+    return settings and all(LLAMA_PARAMETERS.fullmatch(name) for name, _ in
+                            model.named_parameters())
 
 
-def hugging_face_config(c: Config, eos_id: int) -> dict[str, Any]:
+def hugging_face_config(model: LLaMA, eos_id: int) -> dict[str, Any]:
     """config.json of a model: LLaMA's where it is one, and else all our settings by their names."""
+    c = model.config
     settings = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
-    if is_llama(c):
+    if is_llama(model):
         kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         settings = {name: settings[name] for name in LLAMA_SETTINGS}
-    else:
+    elif c.norm == "layernorm":
         kind = {"architectures": ["CrystalCoderLMHeadModel"], "model_type": "crystalcoder"}
+    else:  # for this code alone
+        kind = {"model_type": "amber-variant"}
     # No BOS, said outright: transformers would take LLaMA's id 1.
     return kind | settings | {"max_position_embeddings": c.seq_len, "hidden_act": "silu",
                               "bos_token_id": None, "eos_token_id": eos_id,
                               "torch_dtype": "float32"}
 
 
-def config_problems(c: ModelConfig, directory: Path) -> list[str]:
-    """What a directory's config.json says otherwise than `c`, one phrase each."""
+def read_network(directory: Path) -> ModelConfig:
+    """The network that a directory's config.json describes; UserError if it is not one of ours."""
     said = read_json(directory / "config.json")
-    if not said:
-        return ["its config.json cannot be read"]
-    ours = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
-    kind = said.get("model_type", "llama")
+    kind = said.get("model_type", "llama" if said else "")
     if kind == "llama":
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        ours |= {"hidden_act": "silu", "rope_type": "default"}
         # What it does not say is LLaMA's default.
-        theirs = {"hidden_act": "silu"} | asdict(ModelConfig()) | said | rope
-        theirs |= {"rope_type": rope_type, "num_key_value_heads":
-                   said.get("num_key_value_heads") or theirs["num_attention_heads"]}
-    elif kind == "crystalcoder":
-        theirs = said
-        # "n_embd" is only in LLM360's own file, in GPT-2's names; ours has this code's names.
-        if "n_embd" in said:
-            ours = crystal_config(c)
+        theirs = {name: said[name] for name in LLAMA_SETTINGS if said.get(name) is not None}
+        theirs |= {"rope_theta": float(rope["rope_theta"])} if "rope_theta" in rope else {}
+        if (rope_type, said.get("hidden_act", "silu")) != ("default", "silu"):
+            raise UserError(f"{directory} cannot be loaded: its config.json says rope_type"
+                            f" {rope_type!r} and hidden_act {said.get('hidden_act')!r}.")
+    elif kind == "crystalcoder" and "n_embd" in said:  # LLM360's own file, in GPT-2's names
+        theirs = from_crystal_config(said)
+    elif kind in ("crystalcoder", "amber-variant"):
+        theirs = {f.name: said[f.name] for f in fields(ModelConfig) if f.name in said}
     else:
-        return [f"it is a model of type {kind!r}, and only 'llama' and 'crystalcoder' are known"]
-    ours.pop("initializer_range", None)  # of no importance once there are weights
-    return [f"{name} is {theirs.get(name)!r} there, {value!r} here"
-            for name, value in ours.items() if theirs.get(name) != value]
+        raise UserError(f"{directory} cannot be loaded: " + (
+            f"it is a model of type {kind!r}, and only 'llama' and 'crystalcoder' are known."
+            if said else "its config.json cannot be read."))
+    # JSON has one kind of number, and a stranger may have written any value at all.
+    for f in fields(ModelConfig):
+        if f.type is float and type(theirs.get(f.name)) is int:
+            theirs[f.name] = float(theirs[f.name])
+        if f.name in theirs and type(theirs[f.name]) is not f.type:
+            raise UserError(f"{directory} cannot be loaded: {f.name} in its config.json is"
+                            f" {theirs[f.name]!r}.")
+    network = ModelConfig(**theirs)
+    if problems := check(Config(**theirs)):
+        raise UserError(f"{directory} cannot be loaded: {' '.join(problems)}")
+    return network
+
+
+def config_problems(c: ModelConfig, directory: Path) -> list[str]:
+    """What a directory's config.json says otherwise than `c`, one phrase each."""
+    theirs, problems = read_network(directory), []
+    for f in fields(ModelConfig):
+        said, ours = getattr(theirs, f.name), getattr(c, f.name)
+        # As float32: others write 9.999999974752427e-07 for 1e-6.
+        same = np.float32(said) == np.float32(ours) if f.type is float else said == ours
+        if f.name not in INITIAL and not same:
+            problems.append(f"{f.name} is {said!r} there, {ours!r} here")
+    return problems
+
+
+def with_network(config: Config, path: Path) -> Config:
+    """A config with the network of a published directory, which says itself what it is; for a
+    checkpoint of ours the config as it is, which must fit it."""
+    return replace(config, **asdict(read_network(path))) if is_published(path) else config
 
 
 # LLM360/CrystalCoder has GPT-2's names, c_fc2 for the gate: so say the index of its weights and
@@ -245,16 +287,18 @@ CRYSTAL_NAMES = {
     "mlp.gate_proj": "mlp.c_fc2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 
 
-def crystal_config(c: ModelConfig) -> dict[str, Any]:
-    """What LLM360's config.json of CrystalCoder says of the same network."""
-    return {"n_embd": c.hidden_size, "n_inner": c.intermediate_size,
-            "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
-            "vocab_size": c.vocab_size, "layer_norm_epsilon": c.rms_norm_eps,
-            "rotary_dim": c.rotary_dim, "position_embedding_type": "rotary",
-            "activation_function": "swiglu",
-            "tie_word_embeddings": c.tie_word_embeddings, "mup_width_scale": c.width_scale,
-            "mup_embeddings_scale": c.embedding_scale, "mup_output_alpha": c.logit_scale,
-            "mup_scale_qk_dot_by_d": c.attention_scale_power == 1}
+def from_crystal_config(said: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of the network that LLM360's config.json of CrystalCoder describes."""
+    names = {"hidden_size": "n_embd", "intermediate_size": "n_inner",
+             "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+             "vocab_size": "vocab_size", "rms_norm_eps": "layer_norm_epsilon",
+             "rotary_dim": "rotary_dim", "tie_word_embeddings": "tie_word_embeddings",
+             "embedding_scale": "mup_embeddings_scale", "logit_scale": "mup_output_alpha"}
+    ours = {our: said.get(their) for our, their in names.items()}
+    return ours | {
+        "norm": "layernorm", "bias": True, "rotary_interleaved": True,
+        "attention_scale_power": 1.0 if said.get("mup_scale_qk_dot_by_d") else 0.5,
+        "base_hidden_size": round(said.get("mup_width_scale", 0) * said.get("n_embd", 0))}
 
 
 def from_crystal(c: ModelConfig, name: str, values: Tensor) -> dict[str, Tensor]:
@@ -329,6 +373,10 @@ def verify_share(path: Path, train_state: bool) -> str:
              if train_state or not name.startswith("train_state/")]
     if not any(name.endswith(".safetensors") for name in names):
         return "manifest.json lists no weights"
+    # What is loaded is what was hashed.
+    for file in [*path.glob("*.safetensors"), *path.glob("train_state/*.safetensors")]:
+        if file.relative_to(path).as_posix() not in manifest["files"]:
+            return f"{file.name} is not in manifest.json"
     for name in names[rank() :: world_size()]:
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -373,6 +421,23 @@ def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict
     if problems:
         raise UserError(f"{path} cannot be loaded: {'; '.join(problems)}.")
     return read_manifest(path) or {"step": None, "tokens": None}
+
+
+def load_run(path: str | Path, **settings: Any) -> tuple[LLaMA, Tokenizer]:
+    """Model and tokenizer of a run (its newest checkpoint), a checkpoint or a published directory.
+
+        model, tokenizer = load_run("runs/amber_tiny")
+        print(continue_text(model, tokenizer, "import ", 32))  # of model.py
+
+    settings: where and how it computes, like device="cpu" or dtype="float32".
+    """
+    path = Path(path)
+    path = (list_checkpoints(path) or [path])[-1]
+    config = Config(**asdict(read_network(path)), **settings)
+    choose_kernels(config.kernels)
+    model = build_for_inference(config)
+    load_weights(model, path)
+    return model, open_tokenizer(path)
 
 
 def named_parameters(model: LLaMA) -> dict[str, nn.Parameter]:
@@ -518,7 +583,7 @@ def publish(tmp: Path, path: Path, model: LLaMA, tokenizer: Tokenizer,
     if world_size() > 1:
         write_json(tmp / "model.safetensors.index.json", {
             "metadata": {"total_size": 4 * model.n_params}, "weight_map": weight_map})
-    write_json(tmp / "config.json", hugging_face_config(c, tokenizer.eos_id))
+    write_json(tmp / "config.json", hugging_face_config(model, tokenizer.eos_id))
     write_json(tmp / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
     tokenizer.save_hugging_face(tmp)
     for file in [*tmp.glob("*.json"), tmp / "train_state" / "state.json"]:

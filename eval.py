@@ -14,10 +14,12 @@ lm-evaluation-harness 0.4.13; docs/evaluation.md says where their files come fro
 
 import csv
 import functools
+import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -35,8 +37,15 @@ import kernels
 from checkpoint import Evaluation
 from configs import Config, UserError, load, run_command
 from data import Data, load_data, sha256_file, sha256_json
-from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
-from tokenizer import Tokenizer, replace_invalid_utf8
+from model import (
+    KVCache,
+    LLaMA,
+    build_for_inference,
+    choose_kernels,
+    continue_text,
+    meta_model,
+)
+from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
 
 POLL_SECONDS = 10.0  # --watch: between two looks at the run
 MIN_SHARED = 0.1  # of a batch's tokens: a prefix that spares less is not computed apart
@@ -428,12 +437,12 @@ def score_questions(model: LLaMA, questions: list[Question], metric: str,
     return result
 
 
-def measure_text(model: LLaMA, data: Data, documents: list[str], stride: int, window: int,
-                 batch: int) -> dict[str, float]:
+def measure_text(model: LLaMA, tokenizer: Tokenizer, documents: list[str], stride: int,
+                 window: int, batch: int) -> dict[str, float]:
     """Loss and bits per byte of documents, each read after an end of document."""
     questions: list[list[Request]] = []
     for text in documents:
-        ids = np.append([data.tokenizer.eos_id], data.tokenizer.encode(text)).astype(np.int32)
+        ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
         questions += [[request] for request in windows(ids, window, stride)]
     nats = -sum(float(values[0]) for values in log_likelihoods(model, questions, batch))
     tokens = sum(request.n for [request] in questions)
@@ -441,16 +450,19 @@ def measure_text(model: LLaMA, data: Data, documents: list[str], stride: int, wi
     return text_figures(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
 
 
+def text_evaluation(config: Config, tokenizer: Tokenizer, flags: Flags) -> Evaluation:
+    """Of --text. Its second entry is what the result depends on beside the weights: when that has
+    changed, it is measured again."""
+    window, documents = config.seq_len, read_texts(flags.text)
+    stride = flags.stride or max(1, window // 2)
+    inputs = [sha256_json(documents), stride, window, hashlib.sha256(tokenizer.data).hexdigest()]
+    return Evaluation(f"text {flags.text}", inputs, lambda model: measure_text(
+        model, tokenizer, documents, stride, window, flags.batch))
+
+
 def list_evaluations(config: Config, data: Data, flags: Flags) -> list[Evaluation]:
     """All that is measured of a checkpoint, in pieces small enough to be lost by a kill."""
-    # The second entry of an Evaluation is what its result depends on beside the weights: when that
-    # has changed, it is measured again.
     batch, window = flags.batch, config.seq_len
-    if flags.text:
-        documents, stride = read_texts(flags.text), flags.stride or max(1, window // 2)
-        inputs = [sha256_json(documents), stride, window, data.sha256]
-        return [Evaluation(f"text {flags.text}", inputs, lambda model: measure_text(
-            model, data, documents, stride, window, batch))]
     evaluations: list[Evaluation] = []
     if data.validation_sources:
         limit = flags.sequences or None
@@ -574,16 +586,16 @@ def published_scores(path: str, entries: list[dict[str, Any]]) -> dict[str, list
     return scores
 
 
-def report(model: LLaMA, data: Data, entries: list[dict[str, Any]], sample: str,
-           config_file: str) -> str:
+def report(config: Config, entries: list[dict[str, Any]], sample: str, argv: list[str]) -> str:
     """What a run came to, and what to type next."""
-    config, last = model.config, entries[-1]
-    lines = [("run", f"{config.run_dir}, {last['checkpoint']}, step {last['step']},"
-                     f" {last['tokens']:,} tokens, {model.n_params:,} parameters"),
-             ("data", f"{config.data_dir}, {len(data.manifest['chunks'])} chunks")]
+    last, lines = entries[-1], []
+    # Published weights say neither at which step nor on how many tokens.
+    at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
+    lines.append(("checkpoint", f"{last['checkpoint']}{at},"
+                                f" {meta_model(config).n_params:,} parameters"))
     steps = checkpoint.read_records(Path(config.run_dir, "metrics.jsonl"))
     losses = [step["loss"] for step in steps if "loss" in step]
-    if losses:
+    if losses and at:
         speed = statistics.median(step["tokens_per_s"] for step in steps if "loss" in step)
         lines.append(("training", f"loss {statistics.fmean(losses[-20:]):.3f} (last 20 steps),"
                                   f" {speed:,.0f} tokens/s (median)"))
@@ -600,13 +612,16 @@ def report(model: LLaMA, data: Data, entries: list[dict[str, Any]], sample: str,
             text += f", published at these tokens {theirs:.3f}"
         lines.append((name, text))
     lines.append(("sample", repr(sample)))
-    printed = "\n".join(f"{name:>24}: {text}" for name, text in lines)
-    return f"""{printed}
-Next:
-  python eval.py {config_file} --prompt="import "  # text from this model
-  python lookup.py {config_file} --step=100        # the sequences that step 100 learned from
-  python tools/report.py {config.run_dir}  # the curves as pictures
-  make ablation  # three learning rates, two seeds each: which differences are more than chance"""
+    # The same words again, so that what is typed next is about the same weights.
+    again = shlex.join(["python", "eval.py", *argv])
+    next_lines = [f'{again} --prompt="import "  # text from this model']
+    if losses and at:
+        next_lines += [
+            f"python lookup.py {config.run_dir} --step=100  # the sequences step 100 learned from",
+            f"python tools/report.py {config.run_dir}  # all of it on one page, with pictures",
+            "make ablation  # three learning rates, two seeds each: what is more than chance"]
+    return "\n".join([*(f"{name:>24}: {text}" for name, text in lines),
+                      "Next:", *(f"  {line}" for line in next_lines)])
 
 
 def stream_completion(model: LLaMA, tokenizer: Tokenizer, prompt: str, n: int,
@@ -625,33 +640,53 @@ def stream_completion(model: LLaMA, tokenizer: Tokenizer, prompt: str, n: int,
     print(tokenizer.decode(ids)[len(printed) :])
 
 
-def run_has_ended(config: Config, data: Data) -> bool:
+def run_has_ended(config: Config) -> bool:
     """Whether the checkpoint of a run's last step is there."""
+    data = load_data(config.data_dir)
     steps = sum(visit.steps for visit in data.schedule(config))
     found = checkpoint.list_checkpoints(config.run_dir)
     done = checkpoint.read_manifest(found[-1]).get("step", 0) if found else 0
     return done >= min(steps, config.max_steps or steps)
 
 
+def check_tokenizer(data: Data, path: Path) -> None:
+    """UserError if a published model has another tokenizer than the data that it shall read."""
+    theirs = open_tokenizer(path) if (path / "tokenizer.json").exists() else data.tokenizer
+    text = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"
+    if list(theirs.encode(text)) != list(data.tokenizer.encode(text)):
+        raise UserError(f"{data.directory} was made with another tokenizer than {path} has: its ids"
+                        " mean nothing to these weights. (--text and --prompt need no data.)")
+
+
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
+    which = flags.checkpoints
+    named = Path(which.split(",")[0])
+    config = checkpoint.with_network(config, named)
     if flags.stride > config.seq_len:
         raise UserError(f"--stride={flags.stride} is more than the window, {config.seq_len}"
                         " tokens (seq_len): some tokens would not be scored.")
-    choose_kernels(config.kernels)
-    data = load_data(config.data_dir)
-    if data.n_vocab > config.vocab_size:
-        raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
-                        f" model of this config {config.vocab_size} (vocab_size).")
-    model, which = build_for_inference(config), flags.checkpoints
     if flags.prompt:
         paths = checkpoint.select_checkpoints(config.run_dir, "last" if which == "all" else which)
-        checkpoint.load_weights(model, paths[-1])
-        stream_completion(model, data.tokenizer, flags.prompt, flags.tokens,
-                          flags.temperature)
-        return
-    evaluations, file = list_evaluations(config, data, flags), Path(config.run_dir, "eval.jsonl")
-    while flags.watch and not run_has_ended(config, data):
+        model, tokenizer = checkpoint.load_run(paths[-1], **{key: getattr(config, key) for key in (
+            "device", "dtype", "kernels", "threads")})
+        return stream_completion(model, tokenizer, flags.prompt, flags.tokens, flags.temperature)
+    choose_kernels(config.kernels)
+    if flags.text:
+        paths = checkpoint.select_checkpoints(config.run_dir, which)
+        tokenizer = open_tokenizer(paths[-1])
+        evaluations = [text_evaluation(config, tokenizer, flags)]
+    else:
+        data = load_data(config.data_dir)
+        tokenizer = data.tokenizer
+        if data.n_vocab > config.vocab_size:
+            raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
+                            f" model of this config {config.vocab_size} (vocab_size).")
+        if checkpoint.is_published(named):
+            check_tokenizer(data, named)
+        evaluations = list_evaluations(config, data, flags)
+    model, file = build_for_inference(config), Path(config.run_dir, "eval.jsonl")
+    while flags.watch and not run_has_ended(config):
         if checkpoint.list_checkpoints(config.run_dir):
             paths = checkpoint.select_checkpoints(config.run_dir, which)
             # The processes need not wait for each other before the run is over.
@@ -669,9 +704,8 @@ def main(argv: list[str]) -> None:
     # The sample is of the last one in the tables: a newer one may be damaged.
     newest = [path for path in paths if path.name == entries[-1]["checkpoint"]][-1]
     checkpoint.load_weights(model, newest)
-    sample = continue_text(model, data.tokenizer, config.sample_prompt, flags.tokens,
-                           flags.temperature)
-    print(report(model, data, entries, sample, next(a for a in argv if not a.startswith("-"))))
+    sample = continue_text(model, tokenizer, config.sample_prompt, flags.tokens, flags.temperature)
+    print(report(config, entries, sample, argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import Evaluation, evaluate_checkpoints, select_checkpoints
+from checkpoint import Evaluation, evaluate_checkpoints, select_checkpoints, with_network
 from configs import Config, UserError, load, run_command
 from data import Data, load_data, write_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels
@@ -443,6 +443,7 @@ def main(argv: list[str]) -> None:
     numbers = chunk_numbers(data)
     chunks = choose_chunks(flags.chunks, numbers)
     paths = select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    config = with_network(config, paths[0])
     if not flags.checkpoints:
         paths = evenly(paths, 10)  # as many as in the paper
 

@@ -737,7 +737,7 @@ def find_inputs(config: Config, passed_over: Counter[str]) -> Files:
         return files
     if config.tokenizer == "bpe":
         raise UserError("tokenized chunks need the tokenizer that made them, as tokenizer ="
-                        ' "llama:PATH": "bpe" would train a new one.')
+                        ' "hf:PATH": "bpe" would train a new one.')
     train = find_files(config.tokenized, passed_over)
     if len(train) < config.n_chunks:
         raise UserError(f"tokenized: {config.tokenized} matches {len(train)} files, but n_chunks is"

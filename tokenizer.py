@@ -1,4 +1,4 @@
-"""Text to token ids and back: our own byte-level BPE, LLaMA's tokenizer exactly, or tiktoken's.
+"""Text to token ids and back: our own byte-level BPE, or another's: LLaMA's, GPT-2's, tiktoken's.
 
     tokenizer = make_tokenizer(config, texts)
     ids = tokenizer.encode("Hello")  # (n,) uint32
@@ -13,8 +13,11 @@ import copy
 import functools
 import hashlib
 import heapq
+import itertools
 import json
+import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +36,11 @@ BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\
 # LLaMA itself has no words: it merges over a whole text. But none of its pieces crosses a cut of
 # this pattern, so to cut there changes no id, and to merge in short words is fast.
 LLAMA_PATTERN = r" *\p{L}+| *[^ \p{L}\p{Nd}\n]+|\p{Nd}|\n| +"
+# Where Hugging Face's ByteLevel cuts by itself (as GPT-2), and where it does so once all digits
+# have been set apart (as SmolLM2): then a space before a digit is at the end of its text.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+                  r"|\s+(?![^\s\p{N}])|\s+")
 # LLaMA's tokenizer.json: a space before the text, U+2581 for every space, the model; and back.
 LLAMA_STEPS = {
     "normalizer": {"type": "Sequence", "normalizers": [
@@ -61,7 +69,8 @@ class Tokenizer:
 
     file, eos = "tokenizer.tiktoken", EOT  # the name of its file, the special that ends a document
     added: list[str] = []  # the specials that `add` was given
-    found: dict[str, bool] = {}  # the specials that a text may name: only LLaMA has such
+    # The specials that a text may name; True: they are looked for once the text is normalized.
+    found: dict[str, bool] = {}
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]):
         self.kind, self.ranks, self.pattern, self.specials = kind, ranks, pattern, specials
@@ -126,10 +135,7 @@ class Tokenizer:
 
     def hugging_face(self) -> dict[str, Any]:
         """The model of a tokenizer.json, and the steps before and after it."""
-        # A byte is a letter there: itself if it can be seen, else one from U+0100 on (as GPT-2).
-        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [b for b in range(256) if b not in visible]
-        letters = {b: chr(b) for b in visible} | {b: chr(256 + k) for k, b in enumerate(hidden)}
+        letters = byte_letters()
         vocab = {"".join(letters[b] for b in piece): rank for piece, rank in self.ranks.items()}
         # tiktoken's X{1,3}+ never gives back what it took; to Hugging Face it is (X{1,3})+.
         pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", self.pattern)
@@ -142,6 +148,14 @@ class Tokenizer:
                  "merges": all_merges(sorted(vocab, key=vocab.get), vocab)}
         return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
                 "decoder": as_bytes, "model": model}
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in a tokenizer.json: the byte's own if it can be seen,
+    else one from U+0100 on (as GPT-2)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + k) for k, b in enumerate(hidden)}
 
 
 def all_merges(merged: Iterable[str], vocab: dict[str, int]) -> list[str]:
@@ -218,32 +232,159 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-class LlamaTokenizer(Tokenizer):
-    """LLaMA's tokenizer, exactly, from its Hugging Face tokenizer.json; UserError for another's."""
+class HubTokenizer(Tokenizer):
+    """A byte-level BPE from its Hugging Face tokenizer.json (GPT-2's, Llama 3's, OLMo's, ...), with
+    exactly its ids; a BOS is not put before a text. UserError for one that cannot be followed."""
 
-    file, eos = "tokenizer.json", "</s>"
+    kind, file = "hf", "tokenizer.json"
 
-    def __init__(self, path: str):
-        self.kind, self.pattern = "llama", LLAMA_PATTERN
+    def __init__(self, path: str | Path, eos: str = ""):
+        """eos: the special that ends a document; "" = what tokenizer_config.json says."""
+        path = Path(path)
         try:
-            self.data = Path(path).read_bytes()
-            self.read(json.loads(self.data))
+            self.data = path.read_bytes()
+            content = json.loads(self.data)
+            said = path.with_name("tokenizer_config.json")
+            settings = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+            added = content["added_tokens"]
+            if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
+                raise ValueError("an added token strips its neighbours")
+            self.specials = {token["content"]: token["id"] for token in added}
+            self.found = {token["content"]: token["normalized"] for token in added}
+            if settings.get("split_special_tokens"):
+                self.found = {}
+            named = settings.get("eos_token") or ""
+            self.eos = eos or (named if isinstance(named, str) else named["content"]) or self.eos
+            if self.eos not in self.specials:
+                raise ValueError(f"it has no {self.eos} to end a document with, and there is no"
+                                 " tokenizer_config.json beside it that names another eos_token")
+            self.read(content)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not LLaMA's tokenizer.json ({type(error).__name__}:"
-                            f" {error}). A sentencepiece .model is not read: take the .json.")
+            raise UserError(f"{path} is not a tokenizer.json that can be followed here"
+                            f" ({type(error).__name__}: {error}). A sentencepiece .model is not"
+                            " read: take the .json.")
 
     def read(self, content: dict[str, Any]) -> None:
-        model, added = content["model"], content["added_tokens"]
+        """Ranks for tiktoken from the merges, an id for each rank, and the pattern."""
+        model, normalizer = content["model"], content.get("normalizer")
+        # All that makes other ids of the same merges must not be there.
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                    "byte_fallback"):
+            if model.get(key):
+                raise ValueError(f"its model has {key} = {model[key]!r}")
+        if model["type"] != "BPE" or normalizer not in (None, {"type": "NFC"}):
+            raise ValueError(f"its model is {model['type']}, its normalizer {normalizer}")
+        self.form = "NFC" if normalizer else ""
+        self.pattern = split_pattern(content.get("pre_tokenizer"))
+        bytes_of = {letter: bytes([b]) for b, letter in byte_letters().items()}
+
+        def spell(piece: str) -> bytes:
+            return b"".join(bytes_of[letter] for letter in piece)
+
+        vocab = {spell(piece): i for piece, i in model["vocab"].items()
+                 if piece not in self.specials}
+        merges = [[spell(part) for part in (m.split(" ") if isinstance(m, str) else m)]
+                  for m in model["merges"]]
+        merged = dict.fromkeys(a + b for a, b in merges)
+        if len([*itertools.groupby(merges, sum_of)]) > len(merged):
+            raise ValueError("the ways to merge a piece do not follow each other")
+        self.ranks = {piece: rank for rank, piece in enumerate(
+            dict.fromkeys([*(bytes([b]) for b in range(256)), *merged]))}
+        if vocab.keys() - self.ranks.keys():
+            raise ValueError(f"no merge makes {min(vocab.keys() - self.ranks.keys())!r}")
+        # tiktoken merges any two neighbours whose union it knows. The ids are the same if each
+        # piece, merged from its bytes, ends with a merge that the file has.
+        ways = {tuple(merge) for merge in merges}
+        for piece in merged:
+            if tuple(merge_bytes(piece, self.ranks)) not in ways:
+                raise ValueError(f"{piece!r} is merged from other parts than tiktoken merges")
+        # A byte that is not in the vocabulary gives no id: (n_ranks, 1), -1 for none.
+        self.ids = np.array([[vocab.get(piece, -1)] for piece in self.ranks], np.int32)
+        self.set_pieces({i: piece for piece, i in vocab.items()})
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize(self.form, text) if self.form else text
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids that Hugging Face gives without BOS, (n,) uint32. Names of specials are found
+        where it finds them."""
+        # Names that are "normalized" are looked for in the normalized text, and so are they.
+        raw = any_of(*[name for name, normalized in self.found.items() if not normalized])
+        names = {self.normalize(name): name for name, later in self.found.items() if later}
+        ids: list[Any] = [[]]
+        # split() gives the text between the names, and the names, in turn.
+        for k, part in enumerate(raw.split(replace_invalid_utf8(text))):
+            if k % 2:
+                ids.append([self.specials[part]])
+            elif part:  # LLaMA puts a space before a text, and none before nothing
+                for j, piece in enumerate(any_of(*names).split(self.normalize(part))):
+                    ids.append([self.specials[names[piece]]] if j % 2 else
+                               self.encode_piece(piece))
+        return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
+
+    def encode_piece(self, text: str) -> np.ndarray:
+        ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]  # (n, 1 or 3)
+        return ids[ids >= 0]
+
+    def hugging_face(self) -> dict[str, Any]:
+        content = json.loads(self.data)
+        content["model"]["vocab"] |= self.specials
+        return {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder",
+                                                  "model")}
+
+
+def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
+    """The pattern that cuts a text as a pre_tokenizer does; ValueError if there is none."""
+    steps = pre_tokenizer or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise ValueError("its pre_tokenizer does not end with ByteLevel, or adds a space")
+    own = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and own:
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and own and steps[0]["individual_digits"]:
+        return DIGITS_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not own:
+        split = steps[0]
+        # X{1,3}+ is (X{1,3})+ to Hugging Face, and to tiktoken something that gives nothing back.
+        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?:\1)+", split["pattern"]["Regex"])
+        if (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
+            regex.compile(pattern)
+            return pattern
+    raise ValueError(f"its pre_tokenizer ({', '.join(map(str, kinds))}) is not one of those known")
+
+
+def sum_of(parts: list[bytes]) -> bytes:
+    return b"".join(parts)
+
+
+def merge_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What tiktoken makes of a piece before its last merge: two parts, if the file is sound."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        best = min(pairs)
+        if best >= ranks[piece]:
+            break
+        i = pairs.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+class LlamaTokenizer(HubTokenizer):
+    """LLaMA's tokenizer, exactly, from its Hugging Face tokenizer.json; UserError for another's."""
+
+    kind, eos = "llama", "</s>"
+
+    def read(self, content: dict[str, Any]) -> None:
+        self.pattern, model = LLAMA_PATTERN, content["model"]
         self.vocab = model["vocab"]
         # A merge is "a b" or, in newer files, ["a", "b"].
         self.merged = list(dict.fromkeys("".join(m).replace(" ", "") for m in model["merges"]))
-        self.specials = {token["content"]: token["id"] for token in added}
-        self.found = {token["content"]: token["normalized"] for token in added}
         steps = model.get("byte_fallback"), content.get("normalizer"), content.get("pre_tokenizer")
         if steps != (True, LLAMA_STEPS["normalizer"], None):
             raise ValueError("it has another normalizer, pre_tokenizer or byte_fallback")
-        if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
-            raise ValueError("an added token strips its neighbours")
         # tiktoken merges whatever makes a piece, so all those merges must be in the file.
         pieces = self.vocab.keys() - self.specials.keys()
         if len(all_merges(pieces, self.vocab)) != len(model["merges"]):
@@ -276,25 +417,8 @@ class LlamaTokenizer(Tokenizer):
         text_pieces = {i: piece for piece, i in id_of.items()}
         self.set_pieces(text_pieces | {i: bytes([b]) for b, i in enumerate(byte_ids)})
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of Hugging Face's LLaMA tokenizer without BOS, (n,) uint32. Names of specials are
-        found where it finds them: in " </s>", but not in "a</s>"."""
-        # Names that are "normalized" are looked for once a space has gone before the text.
-        raw = any_of(*[name for name, normalized in self.found.items() if not normalized])
-        spaced = any_of(*[" " + name for name, normalized in self.found.items() if normalized])
-        ids: list[Any] = [[]]
-        # split() gives the text between the names, and the names, in turn.
-        for k, part in enumerate(raw.split(replace_invalid_utf8(text))):
-            if k % 2:
-                ids.append([self.specials[part]])
-            elif part:  # no space goes before nothing
-                for j, piece in enumerate(spaced.split(" " + part.replace("\u2581", " "))):
-                    ids.append([self.specials[piece[1:]]] if j % 2 else self.encode_piece(piece))
-        return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
-
-    def encode_piece(self, text: str) -> np.ndarray:
-        ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]
-        return ids[ids >= 0]
+    def normalize(self, text: str) -> str:
+        return " " + text.replace("\u2581", " ")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the space that `encode` puts before it."""
@@ -316,15 +440,15 @@ def any_of(*names: str) -> re.Pattern:
 def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config asks for, checked; `texts` is read only to train one."""
     kind, _, name = config.tokenizer.partition(":")
-    if kind == "llama":
-        tokenizer: Tokenizer = LlamaTokenizer(name)
+    if kind in ("llama", "hf"):
+        tokenizer: Tokenizer = open_tokenizer(Path(name))
     elif kind == "tiktoken":
         try:
             named = tiktoken.get_encoding(name)
         except (ValueError, OSError) as error:  # no such name; no network
             raise UserError(f"tokenizer: tiktoken cannot load {name!r} ({type(error).__name__}); it"
                             f" knows {', '.join(tiktoken.list_encoding_names())} and downloads"
-                            ' them. Without a network take "bpe" or "llama:PATH".')
+                            ' them. Without a network take "bpe" or "hf:PATH".')
         tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
                               named._special_tokens)
     else:
@@ -332,6 +456,14 @@ def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
         ranks = train_bpe(texts, config.vocab_size - 1 - n_added)
         tokenizer = Tokenizer("bpe", ranks, BPE_PATTERN, {EOT: len(ranks)})
     return check_tokenizer(config, tokenizer)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a directory that has one."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    # LLaMA's begins with characters, and spells those that it does not know in bytes.
+    llama = re.search(rb'"byte_fallback":\s*true', path.read_bytes())
+    return LlamaTokenizer(path) if llama else HubTokenizer(path)
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
@@ -362,8 +494,10 @@ def read_tokenizer(directory: Path, entry_json: str) -> Tokenizer:
     # One wrong line gives wrong ids, and wrong bits per byte, without an error anywhere.
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ValueError("its sha256 is not the manifest's")
-    if entry["kind"] == "llama":
-        tokenizer: Tokenizer = LlamaTokenizer(str(directory / entry["file"]))
+    if entry["kind"] in ("llama", "hf"):
+        cls = LlamaTokenizer if entry["kind"] == "llama" else HubTokenizer
+        eos = [name for name, i in entry["specials"].items() if i == entry["eos_id"]]
+        tokenizer: Tokenizer = cls(directory / entry["file"], eos[0])
     else:
         # Not by tiktoken's own reader, which caches by path: it would give what was trained before.
         lines = [line.split() for line in data.splitlines()]

@@ -90,7 +90,7 @@ class Config(ModelConfig):
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
     tokenized_valid: str = ""  # the same for validation; without it there is none
     on_bad_line: str = "stop"  # a line of input that is not valid: "stop" | "skip" (and count)
-    tokenizer: str = "bpe"  # "bpe" | "llama:PATH" | "tiktoken:NAME" | "data:DIR" = that data's
+    tokenizer: str = "bpe"  # "bpe" | "hf:PATH" of a tokenizer.json | "tiktoken:NAME" | "data:DIR"
     crystal_tokens: bool = False  # ids for Crystal's 22 added tokens (infilling, files, chat)
     fim_rates: dict = field(default_factory=dict)  # {"name": share of its documents infilled}
     fim_spm_rate: float = 0.5  # of those, the share written suffix first
@@ -413,8 +413,8 @@ def check_data(c: Config) -> list[str]:
         if type(chunk) is not int or not 0 <= chunk < c.n_chunks:
             problems.append(f"skip_chunks must hold numbers of chunks, 0 to {c.n_chunks - 1},"
                             f" found {chunk!r}.")
-    if not re.fullmatch("bpe|(llama|tiktoken|data):.+", c.tokenizer):
-        problems.append('tokenizer must be "bpe", "llama:PATH", "tiktoken:NAME" or "data:DIR",'
+    if not re.fullmatch("bpe|(hf|llama|tiktoken|data):.+", c.tokenizer):
+        problems.append('tokenizer must be "bpe", "hf:PATH", "tiktoken:NAME" or "data:DIR",'
                         f" found {c.tokenizer!r}.")
     return problems
 

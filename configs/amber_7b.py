@@ -2,7 +2,7 @@
 # Every model and optimizer setting is the default of configs/__init__.py; what is written here is
 # what a person should see. README.md, "Amber, 7B", has the commands.
 tokenized = "data/AmberDatasets/train/train_*.jsonl"  # LLM360's released chunks, already tokenized
-tokenizer = "llama:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
+tokenizer = "hf:data/AmberDatasets/tokenizer.json"  # huggyllama/llama-7b
 sequences_per_chunk = 1_706_976  # 762 steps of 2240 sequences; 96 are left over
 n_chunks = 360
 seq_len = 2048

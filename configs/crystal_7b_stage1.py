@@ -17,7 +17,7 @@ initializer_range = 0.073  # hidden x 1/4 = 0.01825; o_proj, down_proj / 8 = 0.0
 init_truncated = True
 init_by_depth = True
 
-tokenizer = "llama:data/CrystalCoder/tokenizer.json"
+tokenizer = "hf:data/CrystalCoder/tokenizer.json"
 crystal_tokens = True
 # SlimPajama in a folder for each redpajama_set_name, in its natural proportions
 sources = {name: f"data/SlimPajama/{name}/*.jsonl.zst" for name in (

@@ -20,7 +20,7 @@ import prepare_data
 import train
 from configs import ModelConfig, UserError, load
 from data import load_data, read_json, sha256_file, sha256_json, write_json
-from model import LLaMA, build_for_inference
+from model import LLaMA, Norm, build_for_inference, continue_text, meta_model
 
 SETTINGS = """
 hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = 64, 160, 3, 4
@@ -125,18 +125,62 @@ def test_the_formats_own_library_reads_what_is_written(saved: Path, tmp_path: Pa
     assert all(torch.equal(read[name], odd[name]) for name in odd)
 
 
-def test_a_model_that_llama_does_not_know_is_not_called_one(argv: list[str]) -> None:
+def test_a_model_that_llama_does_not_know_is_not_called_one(argv: list[str],
+                                                            tmp_path: Path) -> None:
     config = load(argv)[0]
-    assert ckpt.hugging_face_config(config, 3)["model_type"] == "llama"
+    net = meta_model(config)
+    assert ckpt.hugging_face_config(net, 3)["model_type"] == "llama"
+    net.model.layers[0].self_attn.q_norm = Norm(config)  # a change of model.py alone
+    assert ckpt.hugging_face_config(net, 3)["model_type"] == "amber-variant"
+    write_json(tmp_path / "config.json", ckpt.hugging_face_config(net, 3))
+    assert ckpt.config_problems(config, tmp_path) == []
     for changes in ({"norm": "layernorm"}, {"bias": True}, {"rotary_dim": 8},
                     {"logit_scale": 2.0}):
         for key, value in changes.items():
             setattr(config, key, value)
-        said = ckpt.hugging_face_config(config, 3)
+        said = ckpt.hugging_face_config(meta_model(config), 3)
         assert said["model_type"] == "crystalcoder" and said["logit_scale"] == config.logit_scale
 
 
 # ---- we open others'
+
+
+def test_a_run_opens_in_one_line(argv: list[str], saved: Path, tmp_path: Path,
+                                 capsys: pytest.CaptureFixture) -> None:
+    config = load(argv)[0]
+    net, data = opened(argv, saved), load_data(config.data_dir)
+    hub = published(saved, tmp_path / "hub")
+    for path in (config.run_dir, saved, hub):
+        model, tokenizer = ckpt.load_run(path, dtype=config.dtype)
+        text = continue_text(model, tokenizer, "the", 8)
+        assert text == continue_text(net, data.tokenizer, "the", 8)
+        assert (tokenizer.n_vocab, tokenizer.eos_id) == (data.n_vocab, data.tokenizer.eos_id)
+    # Published weights need neither data nor a config that knows them.
+    words = ["configs/amber_7b.py", f"--checkpoints={hub}", f"--dtype={config.dtype}",
+             f"--data_dir={tmp_path / 'no_data'}", f"--run_dir={tmp_path / 'no_run'}"]
+    capsys.readouterr()
+    evaluation.main([*words, "--prompt=the", "--tokens=8", "--temperature=0"])
+    assert capsys.readouterr().out == text + "\n"
+    (tmp_path / "text.txt").write_text("the other text")
+    evaluation.main([*words, f"--text={tmp_path / 'text.txt'}", "--tokens=2"])
+    said = capsys.readouterr().out
+    assert "bits per byte" in said and "None" not in said and "lookup.py" not in said
+    # Another tokenizer than the data's would give a figure that means nothing.
+    content = read_json(hub / "tokenizer.json")
+    vocab = content["model"]["vocab"]
+    vocab["t"], vocab["e"] = vocab["e"], vocab["t"]
+    write_json(hub / "tokenizer.json", content)
+    with pytest.raises(UserError, match="was made with another tokenizer than .*hub has"):
+        evaluation.main([*argv, f"--run_dir={tmp_path / 'no_run'}", f"--checkpoints={hub}"])
+    with pytest.raises(UserError, match="its config.json cannot be read"):
+        ckpt.load_run(tmp_path / "no_run")
+
+
+def test_weights_that_no_manifest_lists_are_not_loaded(saved: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved, tmp_path / "ckpt_000")
+    assert not ckpt.verify_checkpoint(copy)
+    shutil.copy(copy / "model.safetensors", copy / "model-x.safetensors")
+    assert "model-x.safetensors is not in manifest.json" in ckpt.verify_checkpoint(copy)
 
 
 def test_a_published_directory_is_evaluated_memorized_and_trained_on(
@@ -184,9 +228,9 @@ def test_ambers_own_form_is_read_and_what_is_wrong_is_listed(
     for change, sentence in (
             ({"model_type": "gpt2"}, "a model of type 'gpt2'"),
             ({"hidden_size": 96, "rms_norm_eps": 1e-5}, "hidden_size is 96 there, 64 here; rms_n"),
-            ({"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear' there"),
+            ({"rope_parameters": {"rope_type": "linear"}}, "says rope_type 'linear'"),
             ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0 there, 10000.0"),
-            ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic' there"),
+            ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "says rope_type 'dynamic'"),
             ({"num_key_value_heads": None}, "odd is unknown"),  # as many as heads: goes on
             ({"tie_word_embeddings": True}, "tie_word_embeddings is True there, False here")):
         write_json(hub / "config.json", config | change)
@@ -250,14 +294,15 @@ def test_weights_come_from_crystalcoders_names() -> None:
     assert all(torch.equal(back[name], ours[name]) for name in ours)
 
 
-def test_config_is_crystalcoders() -> None:
+def test_config_is_crystalcoders(tmp_path: Path) -> None:
     """Of LLM360's crystalcoder-train, finetune/Megatron-LM/CrystalCoder/config.json."""
-    assert ckpt.crystal_config(load(["configs/crystal_7b_stage1.py"])[0]) == {
+    write_json(tmp_path / "config.json", {"model_type": "crystalcoder",
         "n_embd": 4096, "n_inner": 10922, "n_layer": 32, "n_head": 32, "vocab_size": 32032,
         "layer_norm_epsilon": 1e-5, "rotary_dim": 32, "position_embedding_type": "rotary",
         "activation_function": "swiglu", "tie_word_embeddings": True,
         "mup_width_scale": 0.0625, "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22,
-        "mup_scale_qk_dot_by_d": True}
+        "mup_scale_qk_dot_by_d": True})
+    assert ckpt.config_problems(load(["configs/crystal_7b_stage1.py"])[0], tmp_path) == []
 
 
 # ---- a stranger's checkpoint runs nothing

@@ -67,7 +67,7 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
     ("--num_key_value_heads=3", "num_attention_heads (2) must be a multiple of num_key_value_heads"
                                 " (3); 3 would do."),
     ("--parallel=tp", "parallel must be one of 'ddp', 'fsdp', 'hsdp', found 'tp'."),
-    ("--tokenizer=gpt2", 'tokenizer must be "bpe", "llama:PATH", "tiktoken:NAME" or "data'),
+    ("--tokenizer=gpt2", 'tokenizer must be "bpe", "hf:PATH", "tiktoken:NAME" or "data'),
     ("--adam_beta2=1", "adam_beta2 must be less than 1, found 1.0."),
     ("--sources={'a': 3}", "sources['a'] must be a path or glob, found 3."),
     ("--source_weights={'a': -1}", "source_weights['a'] must be a number of 0 or more, found -1."),

@@ -288,7 +288,7 @@ def test_text_of_a_file(home: Path, straight: Path, net: Any, tmp_path: Path,  #
     for i in range(1, len(ids)):  # stride 1: each token after a whole window
         nats -= by_hand(net, ids[max(0, i - window) : i + 1], 1)
     for batch in (1, 7):
-        found = evaluation.measure_text(net, data, [text], 1, window, batch)
+        found = evaluation.measure_text(net, data.tokenizer, [text], 1, window, batch)
         assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()))
         assert found["tokens"] == len(ids) - 1

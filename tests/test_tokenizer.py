@@ -25,6 +25,7 @@ from tokenizer import (
     check_tokenizer,
     load_tokenizer,
     make_tokenizer,
+    open_tokenizer,
     replace_invalid_utf8,
     train_bpe,
 )
@@ -170,7 +171,7 @@ def test_a_file_that_is_not_llamas_is_refused(problem: str, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     WRONG_JSON[problem](content)
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"tokenizer.json is not LLaMA's .*{problem}"):
+    with pytest.raises(UserError, match=f"is not a tokenizer.json that can be.*{problem}"):
         LlamaTokenizer(str(path))
 
 
@@ -178,12 +179,102 @@ def test_a_file_that_is_no_tokenizer_is_one_short_sentence(tmp_path: Path) -> No
     path = tmp_path / "tokenizer.model"
     for data in (b"", b"{}", b"[]", b"7", b"[" * 100_000, b"\x0a\xff\xff sentencepiece" * 1000):
         path.write_bytes(data)
-        with pytest.raises(UserError, match="is not LLaMA's tokenizer.json") as error:
+        with pytest.raises(UserError, match="not a tokenizer.json that can be followed") as error:
             LlamaTokenizer(str(path))
-        assert len(str(error.value)) < 300 + len(str(path))
+        assert len(str(error.value)) < 330 + len(str(path))
 
 
 # ---- made for a config
+
+
+# ---- GPT-2's and its descendants'
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def family(name: str, path: Path) -> Path:
+    """Write a small tokenizer.json built as that of a family of models, and its config."""
+    hub = pytest.importorskip("tokenizers")
+    split, bytes_of = hub.pre_tokenizers.Split, hub.pre_tokenizers.ByteLevel
+    alone, after = bytes_of(add_prefix_space=False), bytes_of(False, use_regex=False)
+    pre = {"gpt2": alone, "olmo": alone,
+           "smollm": hub.pre_tokenizers.Sequence([hub.pre_tokenizers.Digits(True), alone]),
+           "llama3": hub.pre_tokenizers.Sequence([split(hub.Regex(LLAMA3), "isolated"), after]),
+           "qwen": hub.pre_tokenizers.Sequence([
+               split(hub.Regex(LLAMA3.replace("{1,3}", "")), "isolated"), after])}[name]
+    theirs = hub.Tokenizer(hub.models.BPE(ignore_merges=name == "llama3"))
+    theirs.pre_tokenizer, theirs.decoder = pre, hub.decoders.ByteLevel()
+    if name in ("olmo", "qwen"):
+        theirs.normalizer = hub.normalizers.NFC()
+    # SmolLM2's lacks eight of the bytes.
+    alphabet = sorted(bytes_of.alphabet())[: -8 if name == "smollm" else None]
+    texts = ["".join(fuzz(400, ["the ", "we'll ", "été ", "12 ", "漢字"])), words(3, 900)]
+    theirs.train_from_iterator(texts, hub.trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|endoftext|>", "</s>"]))
+    theirs.add_special_tokens(["<|im_start|>"])
+    if name == "olmo":  # GPT-NeoX has tokens for long rows of spaces, which are no specials
+        theirs.add_tokens([hub.AddedToken(" " * n, normalized=n % 2 == 0) for n in (8, 5, 4)])
+        theirs.add_tokens([hub.AddedToken("|IP|", normalized=True)])
+    theirs.save(str(path))
+    path.with_name("tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm", "llama3", "olmo", "qwen"])
+def test_a_byte_level_tokenizer_has_hugging_faces_ids(name: str, tmp_path: Path) -> None:
+    path = family(name, tmp_path / "tokenizer.json")
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path))
+    ours = make_tokenizer(config(tokenizer=f"hf:{tmp_path}", vocab_size=1000), [])
+    assert ours.eos_id == theirs.token_to_id("<|endoftext|>")
+    pieces = [theirs.decode([i], skip_special_tokens=False) for i in range(600)]
+    odd = ["<|im_start|>", "|IP|", "e\u0301", "we'LL ", " 7", "\n\n  x", "ſ", "'ſ", "\x85"]
+    for text in itertools.chain(fuzz(4000, pieces), fuzz(3000, odd)):
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+        if name in ("gpt2", "llama3"):  # these lose nothing
+            assert ours.decode(ids) == text
+    # What a data set and a checkpoint keep of it is the same tokenizer.
+    again = load_tokenizer(tmp_path, ours.save(tmp_path))
+    check_hugging_face(ours, tmp_path / "hub", 300)
+    published = open_tokenizer(tmp_path / "hub")
+    for text in fuzz(300, pieces):
+        assert (ours.encode(text) == again.encode(text)).all()
+        assert (ours.encode(text) == published.encode(text)).all()
+
+
+def test_our_own_tokenizer_is_read_again_from_a_checkpoint(tmp_path: Path) -> None:
+    ours = bpe([words(1, 500), "".join(fuzz(300, ["the "]))], 500)
+    ours.save_hugging_face(tmp_path)
+    again = open_tokenizer(tmp_path)
+    assert (again.n_vocab, again.eos_id) == (ours.n_vocab, ours.eos_id)
+    for text in fuzz(2000, ["the ", "<|endoftext|>"]):
+        assert (again.encode(text) == ours.encode(text)).all()
+
+
+WRONG_HUB = {
+    "unk_token": lambda d: d["model"].update(unk_token="<unk>"),
+    "WordPiece": lambda d: d["model"].update(type="WordPiece"),
+    "Lowercase": lambda d: d.update(normalizer={"type": "Lowercase"}),
+    "adds a space": lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
+    "Whitespace": lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Whitespace"}, d["pre_tokenizer"]]}),
+    "strips": lambda d: d["added_tokens"][0].update(lstrip=True),
+    "no merge makes": lambda d: d["model"]["merges"].pop(),
+    "do not follow": lambda d: d["model"]["merges"].append(d["model"]["merges"][0]),
+    "other parts": lambda d: d["model"]["merges"].reverse(),
+    "no <.endoftext": lambda d: d["added_tokens"].pop(0),
+}
+
+
+@pytest.mark.parametrize("problem", WRONG_HUB)
+def test_a_tokenizer_that_cannot_be_followed_is_refused(problem: str, tmp_path: Path) -> None:
+    path = family("gpt2", tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    WRONG_HUB[problem](content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=problem):
+        open_tokenizer(path)
 
 
 def config(**settings: Any) -> Config:
