@@ -27,7 +27,7 @@ import train
 from configs import UserError, load
 from data import load_data, write_json
 from model import build_for_inference, continue_text
-from tools import bands, compare, report
+from tools import bands, check, compare, report
 from tools.page import smooth
 
 # A window that the longest prompts of the tasks below exceed and the others do not.
@@ -589,3 +589,32 @@ def test_a_run_is_held_against_other_seeds(home: Path, straight: Path, tmp_path:
     assert "has a weight_decay of its own" in said()
     write_json(file, {"mini": entry | {"data_sha256": "0" * 64}})
     assert "is not the data that docs/bands.json is about" in said()
+
+
+def test_the_questions_of_the_course(home: Path, straight: Path,  # noqa: F811
+                                     capsys: pytest.CaptureFixture) -> None:
+    def said(n: int, answer: str = "") -> str:
+        check.main([str(n), str(straight), *([f"--answer={answer}"] if answer else [])])
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    for n in (1, 2, 3, 4, 5, 8, 9):
+        assert said(n).count("(") and "?" in said(n)
+    # What a student would write down, without this code.
+    data, loss = load_data(home / "data"), ckpt.read_records(straight / "metrics.jsonl")[0]["loss"]
+    ids = data.validation("code")["token_ids"]
+    text = "".join(data.tokenizer.decode(row) for row in ids)
+    right = {1: f"{len(text.encode()) / ids.size}", 3: "13.48", 4: f"{loss - math.log(300)}",
+             5: "136, 16", 8: "0.0625,0.01825"}
+    for n, answer in right.items():
+        assert said(n, answer) == "Right.\n"
+        with pytest.raises(UserError, match="Not yet"):
+            check.main([str(n), str(straight), f"--answer=7{answer}"])
+    with pytest.raises(UserError, match="There is no step 122"):
+        said(2, "1,2,3,4,5")  # this run is shorter
+    for words, sentence in (([], "which session"), (["11"], "which session"),
+                            (["4", str(home)], "not the directory"),
+                            (["9", str(straight), "--answer=1"], "has no forgetting curve"),
+                            (["5", str(straight), "--answer=1"], "asked for: 2, .* found: 1")):
+        with pytest.raises(UserError, match=sentence):
+            check.main(words)
