@@ -14,6 +14,7 @@ the text and the settings alone, not on the number of workers. docs/data.md has 
 """
 
 import contextlib
+import csv
 import glob
 import gzip
 import io
@@ -154,6 +155,12 @@ def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator
     name = re.sub(r"\.(gz|zst)$", "", path.lower())
     if name.endswith((".jsonl", ".ndjson")):
         texts = read_jsonl(path, on_bad_line, notes)
+    elif name.endswith(".json"):
+        texts = read_records(path, json.load(open_input(path)), on_bad_line, notes)
+    elif name.endswith((".csv", ".tsv")):
+        lines = io.TextIOWrapper(open_input(path), "utf-8-sig", "surrogateescape", newline="")
+        rows = csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ",")
+        texts = read_records(path, rows, on_bad_line, notes)
     elif name.endswith(".parquet"):
         texts = read_parquet(path, notes)
     else:
@@ -188,12 +195,31 @@ def read_jsonl(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str
             except (ValueError, RecursionError):
                 bad_line(path, number, "not JSON", line, on_bad_line, notes)
                 continue
-            # RedPajama, C4 and SlimPajama have "text", RefinedWeb and StarCoder "content".
-            text = record.get("text", record.get("content")) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield text
-            else:
-                bad_line(path, number, 'no string "text" or "content"', line, on_bad_line, notes)
+            yield from text_of(path, number, record, on_bad_line, notes)
+
+
+def read_records(path: str, records: Any, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+    """Every record of a JSON array or a table with a head is a document."""
+    if isinstance(records, dict):
+        raise ValueError("it is one JSON object: make it a list of objects, or a .jsonl")
+    for number, record in enumerate(records, 1):
+        yield from text_of(path, number, record, on_bad_line, notes)
+
+
+def text_of(path: str, number: int, record: Any, on_bad_line: str,
+            notes: Counter[str]) -> Iterator[str]:
+    """The text of a record, or none."""
+    # RedPajama, C4 and SlimPajama have "text", RefinedWeb and StarCoder "content".
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get("text", fields.get("content"))
+    if isinstance(text, str):
+        yield text
+        return
+    others = [key for key, value in fields.items() if isinstance(value, str)]
+    longest = max(others, key=lambda key: len(fields[key]), default="")
+    hint = f'; its longest is "{longest}": call that one "text"' if longest else ""
+    found = json.dumps(record, default=str).encode()
+    bad_line(path, number, 'no string "text" or "content"', found, on_bad_line, notes, hint)
 
 
 def read_parquet(path: str, notes: Counter[str]) -> Iterator[str]:
@@ -235,10 +261,10 @@ def with_path_in_errors(path: str, items: Iterator) -> Iterator:
 
 
 def bad_line(path: str, number: int, reason: str, found: bytes, policy: str,
-             notes: Counter[str]) -> None:
+             notes: Counter[str], hint: str = "") -> None:
     """Count a line that is not valid, or stop at it."""
     if policy == "stop":
-        raise UserError(f"{path}, line {number}: {reason} (found {found[:40]!r})."
+        raise UserError(f"{path}, line {number}: {reason}{hint} (found {found[:40]!r})."
                         " --on_bad_line=skip leaves such lines out and counts them.")
     notes[reason] += 1
 
@@ -397,9 +423,17 @@ class Source:
 def plan_sources(config: Config, parts: list[dict[str, Any]]) -> list[Source]:
     """The sources in their order, and how many of their sequences each chunk gets."""
     sources: list[Source] = []
+    problems: list[str] = []
     for name in dict.fromkeys(part["source"] for part in parts):
         mine = [part for part in parts if part["source"] == name]
-        sources.append(plan_source(config, len(sources), name, mine))
+        sources.append(plan_source(config, len(sources), name, mine, problems))
+    if problems:
+        # What would do for all of them: a tenth of each for validation, a sequence in each chunk.
+        used = [source for source in sources if source.weight]
+        n_valid = min([config.valid_sequences, *(s.sequences // 10 for s in sources)])
+        n = min([config.n_chunks, *(int((s.sequences - n_valid) * s.weight) for s in used)])
+        would_do = f"--valid_sequences={n_valid} --n_chunks={n} would do" if n else "give more text"
+        raise UserError(" ".join([*problems, f"With this text {would_do} (the tokens are kept)."]))
     # Every chunk gets the same of every source, as in Amber; what does not divide is left out.
     shares = [source.dealt // config.n_chunks for source in sources]
     for source, share in zip(sources, apportion(shares, config.sequences_per_chunk)):
@@ -409,8 +443,9 @@ def plan_sources(config: Config, parts: list[dict[str, Any]]) -> list[Source]:
     return sources
 
 
-def plan_source(config: Config, number: int, name: str, parts: list[dict[str, Any]]) -> Source:
-    """One source from the counts of its parts; UserError if it is too small to be divided."""
+def plan_source(config: Config, number: int, name: str, parts: list[dict[str, Any]],
+                problems: list[str]) -> Source:
+    """One source from the counts of its parts; one that is too small is added to the problems."""
     width, weight = config.seq_len + 1, config.source_weights.get(name, 1)
     entry = {"name": name, "weight": weight}
     for key in ("documents", "bytes", "tokens", "repaired"):
@@ -418,7 +453,8 @@ def plan_source(config: Config, number: int, name: str, parts: list[dict[str, An
     dropped = sum((Counter(part["dropped"]) for part in parts), Counter())
     if not entry["documents"]:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in dropped.items())
-        raise UserError(f"Source {name!r} has no documents: {reasons or 'nothing to read'}.")
+        raise UserError(f"Source {name!r} has no documents: {reasons or 'nothing to read'}, in"
+                        f" {parts[0]['paths'][0]}{' and others' * (len(parts[0]['paths']) > 1)}.")
     sequences, tail = divmod(entry["tokens"], width)
     # Where whole documents are held out, no sequence need be held out of the others.
     n_held_out = 0 if config.valid_documents else config.valid_sequences
@@ -429,11 +465,11 @@ def plan_source(config: Config, number: int, name: str, parts: list[dict[str, An
     no_chunk = sequences < n_held_out or (weight and source.dealt < config.n_chunks)
     no_validation = config.valid_documents and valid_tokens < width
     if no_chunk or no_validation:
-        raise UserError(
+        problems.append(
             f"Source {name!r} is too small: {entry['tokens']} tokens are {sequences} sequences of"
             f" {width}, and valid_documents = {config.valid_documents} holds out {valid_tokens}"
             f" more. That is not enough for valid_sequences = {config.valid_sequences} and n_chunks"
-            f" = {config.n_chunks} at weight {weight}: give more text, or lower these numbers.")
+            f" = {config.n_chunks} at weight {weight}.")
     entry |= {"dropped": dropped, "sequences": sequences, "tail_tokens": tail}
     return source
 
@@ -787,7 +823,18 @@ def open_unfinished(config: Config, files: Files) -> tuple[Path, TextIO]:
     # An empty directory may be one that another process has made just now: it is not locked yet.
     if data.is_unfinished(directory) and (directory / data.MARK).exists():
         lock = data.lock_directory(directory)
-    if not lock or data.read_json(directory / "key.json") != key:
+    there = data.read_json(directory / "key.json") if lock else {}
+    if there and same_tokens(there) == same_tokens(key):
+        print(f"Going on with {directory}, which was begun before.")
+        if there != key:
+            # The tokens are those of these settings too; what was made of them is not.
+            for result in (directory / "parts").glob("[!t]*_*.json"):
+                result.unlink()
+            for name in ("train", "valid", "documents"):
+                shutil.rmtree(directory / name, ignore_errors=True)
+            (directory / "manifest.json").unlink(missing_ok=True)
+            data.write_json(directory / "key.json", key)
+    else:
         # What was begun with other settings or other inputs is of no use. Its key goes first: a
         # kill in the middle must not leave a directory that looks as if one could go on with it.
         if lock:
@@ -797,6 +844,17 @@ def open_unfinished(config: Config, files: Files) -> tuple[Path, TextIO]:
         (directory / "parts").mkdir()
         data.write_json(directory / "key.json", key)
     return directory, lock
+
+
+def same_tokens(key: dict[str, Any]) -> dict[str, Any]:
+    """What the tokens of a preparation depend on: all but how they are dealt, later."""
+    if not key or key["settings"]["tokenized"]:  # of released chunks a part is gone once it is used
+        return key
+    dealing = ("source_weights", "seq_len", "n_chunks", "sequences_per_chunk", "valid_sequences",
+               "canaries")
+    settings = {name: value for name, value in key.get("settings", {}).items()
+                if name not in dealing}
+    return key | {"settings": settings}
 
 
 def write_manifest(work: Work, passed_over: Counter[str], parts: list[dict], sources: list[dict],

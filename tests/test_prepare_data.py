@@ -1,6 +1,7 @@
 """prepare_data.py: the same bytes whoever makes them, nothing lost, bad input named."""
 
 import contextlib
+import csv
 import errno
 import gzip
 import itertools
@@ -519,6 +520,47 @@ def test_bad_lines_of_json(tmp_path: Path) -> None:
     data = prepare(tmp_path, sources={"a": str(path)}, on_bad_line="skip")
     assert data.manifest["dropped"] == {"not JSON": 2, 'no string "text" or "content"': 2}
     assert data.manifest["sources"][0]["documents"] == 40
+
+
+def test_arrays_of_json_and_tables_are_read_and_other_fields_named(tmp_path: Path) -> None:
+    texts = [words(i, 40) + f'\n"quoted, {i}"' for i in range(30)]
+    jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="") as f:
+            table = csv.writer(f, delimiter=delimiter)
+            table.writerows([["id", "content"], *([i, text] for i, text in enumerate(texts))])
+    made = []
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv"):
+        made.append(prepare(tmp_path, sources={"a": str(tmp_path / name)},
+                            data_dir=str(tmp_path / name[2:])))
+    chunks = [[chunk["sha256"] for chunk in data.manifest["chunks"]] for data in made]
+    assert chunks[0] == chunks[1] == chunks[2] == chunks[3]
+    jsonl(tmp_path / "b.jsonl", texts, key="body")
+    assert 'its longest is "body": call that one "text"' in refused(
+        tmp_path, sources={"a": str(tmp_path / "b.jsonl")})
+    (tmp_path / "c.json").write_text('{"text": "one"}')
+    assert "it is one JSON object" in refused(tmp_path, sources={"a": str(tmp_path / "c.json")})
+    skipped = refused(tmp_path, sources={"a": str(tmp_path / "b.jsonl")}, on_bad_line="skip")
+    assert "has no documents: 30 x no string" in skipped and "b.jsonl" in skipped
+
+
+def test_too_little_text_says_what_would_do_and_keeps_the_tokens(
+        tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {"a": jsonl(tmp_path / "a.jsonl", [words(i, 40) for i in range(40)]),
+               "b": jsonl(tmp_path / "b.jsonl", [words(i, 40) for i in range(30)])}
+    message = refused(tmp_path, sources=sources, n_chunks=5000, valid_sequences=3000)
+    assert "'a' is too small" in message and "'b' is too small" in message
+    numbers = dict(re.findall(r"--(\w+)=(\d+)", message))
+    # The numbers that it names do, and nothing is encoded a second time.
+    monkeypatch.setattr(pd, "encode_part", None)
+    data = prepare(tmp_path, sources=sources, **{key: int(n) for key, n in numbers.items()})
+    assert "Going on with" in capsys.readouterr().out
+    assert len(data.manifest["chunks"]) == int(numbers["n_chunks"])
+    monkeypatch.undo()
+    anew = prepare(tmp_path, sources=sources, data_dir=str(tmp_path / "anew"),
+                   **{key: int(n) for key, n in numbers.items()})
+    assert hashes(anew.directory) == hashes(data.directory)
 
 
 def test_missing_and_broken_inputs_are_named(tmp_path: Path) -> None:
