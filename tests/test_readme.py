@@ -41,7 +41,7 @@ def test_commands(tmp_path: Path) -> None:
     assert len(commands()) >= 8
     for name in ("configs", "kernels", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ROOT.glob("*.py"):
+    for file in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy(file, tmp_path)
     with open(tmp_path / "configs/amber_tiny.py", "a") as f:
         f.write("n_chunks, sequences_per_chunk, valid_sequences, sample_tokens = 2, 32, 4, 4\n")
