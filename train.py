@@ -55,7 +55,7 @@ from data import (
     write_json,
 )
 from eval import validate
-from model import LLaMA, choose_device, choose_kernels, continue_text
+from model import LLaMA, choose_device, choose_kernels, continue_text, meta_model
 
 # Dense bf16 matmul, from the makers' data sheets. The first key that is part of the device's name
 # counts, so "H100 PCIe" must come before "H100", and "A100" before "A10".
@@ -682,6 +682,25 @@ def data_for(config: Config) -> Data:
     return data
 
 
+def check_memory(config: Config) -> None:
+    """UserError if weights, gradients and AdamW's state alone cannot fit."""
+    device, _ = choose_device(config)
+    n_params = meta_model(config).n_params
+    need = 16 * n_params / shard_size(config, world_size())
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    elif not hasattr(os, "sysconf"):  # Windows
+        return
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the processes of a machine share it
+    if need > have:
+        raise UserError(f"{n_params:,} parameters need {need / 1e9:,.1f} GB here for weights,"
+                        f" gradients and AdamW's moments (16 bytes each), and there are"
+                        f" {have / 1e9:,.1f} GB: take a smaller network, or more processes with"
+                        ' parallel = "fsdp" (tools/dry_run.py says what it would take).')
+
+
 def make_optimizer(config: Config, model: LLaMA) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameter_groups(),
                              betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
@@ -764,6 +783,7 @@ def main(argv: list[str]) -> None:
     micro_batches(config, world_size())  # refused before anything is built
     home = Path(config.run_dir)
     # One process looks before all of them build: what it finds wrong ends all, in one sentence.
+    check_memory(config)
     on_rank_zero(lambda: data_for(config) and home.mkdir(parents=True, exist_ok=True))
     with contextlib.ExitStack() as held:
         # The lock first: a checkpoint that a running process is writing looks like a leftover.

@@ -274,6 +274,8 @@ def read_run(directory: str) -> dict[str, Any]:
 def read_file(path: str) -> dict[str, Any]:
     """The names a config file assigns; it runs in a namespace of its own."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # to read a pipe would wait for ever
+            raise UserError(f"{path} is neither a file nor the directory of a run.")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py")))
@@ -340,8 +342,10 @@ def check_ranges(values: Any) -> list[str]:
         value = getattr(values, f.name)
         if f.type not in (int, float):
             continue
-        if not 0 <= value < float("inf"):
-            problems.append(f"{f.name} must be 0 or more and finite, found {value}.")
+        # What is larger is a slip of the finger, and would overflow somewhere deep inside.
+        limit = 2**47 if f.type is int else 1e12
+        if not 0 <= value < limit:
+            problems.append(f"{f.name} must be 0 or more and below {limit:.3g}, found {value}.")
         elif value == 0 and f.name in POSITIVE:
             problems.append(f"{f.name} must be more than 0.")
     return problems
@@ -391,6 +395,12 @@ def check_data(c: Config) -> list[str]:
                 "fim_rates", "canaries"):
         if c.tokenized and getattr(c, key):
             problems.append(f"{key} is for text (sources), not for tokenized chunks.")
+    for name in ("sources", "source_weights", "source_halves", "fim_rates"):
+        for key in getattr(c, name):
+            if not isinstance(key, str):
+                problems.append(f"{name} must have names of sources as keys, found {key!r}.")
+    if c.sample_tokens > c.seq_len:
+        problems.append(f"sample_tokens ({c.sample_tokens}) must be at most seq_len ({c.seq_len}).")
     for key, value in c.sources.items():
         if not isinstance(value, str):
             problems.append(f"sources[{key!r}] must be a path or glob, found {value!r}.")

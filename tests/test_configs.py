@@ -1,6 +1,7 @@
 """The schema: what is accepted, what is refused and in which words, and Amber's figures."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--learning_rate=-1", "learning_rate must be 0 or more and finite, found -1.0."),
-    ("--learning_rate=1e999", "learning_rate must be 0 or more and finite, found inf."),
+    ("--learning_rate=-1", "learning_rate must be 0 or more and below 1e+12, found -1.0."),
+    ("--learning_rate=1e999", "learning_rate must be 0 or more and below 1e+12, found inf."),
+    ("--seed=99999999999999999999", "seed must be 0 or more and below 1.41e+14, found 999"),
+    ("--sources={3: 'x'}", "sources must have names of sources as keys, found 3."),
+    ("--sample_tokens=100000", "sample_tokens (100000) must be at most seq_len (128)."),
     ("--seq_len=0", "seq_len must be more than 0."),
     ("--min_learning_rate=1", "min_learning_rate (1.0) must not be more than learning_rate"),
     ("--lr_schedule=cos", "lr_schedule must be one of 'cosine', 'linear', 'constant', found"),
@@ -93,6 +97,8 @@ def test_a_model_config_alone_is_whole() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "Cannot read the config file none.py: No such file" in refusal(["none.py"])
     assert "is not the directory of a run" in refusal(["configs"])
+    os.mkfifo(tmp_path / "pipe.py")
+    assert "is neither a file nor the directory" in refusal([str(tmp_path / "pipe.py")])
     assert "line 2: SyntaxError" in refusal([write(tmp_path, "a = 1\nb = = 2\n")])
     assert "line 3: NameError" in refusal([write(tmp_path, "seed = 1\n\nseq_len = undefined\n")])
     assert refusal([]).startswith("Give one config file or run directory, like configs")

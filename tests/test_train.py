@@ -244,6 +244,12 @@ def test_two_epochs_read_everything_twice_and_resume(home: Path, tmp_path: Path)
     audit.main([str(whole), "--sequences=0"])
 
 
+def test_a_network_that_cannot_fit_is_refused_with_both_numbers(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"parameters need [\d,.]+ GB here .* there are [\d,.]+ GB"):
+        run(home, tmp_path / "run", num_hidden_layers=10, hidden_size=65536)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_processes_on_one_run_are_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = lock_directory(tmp_path / "run")
