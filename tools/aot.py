@@ -188,9 +188,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    as_json = parser.parse_args(argv).json
-    rows = reports()
-    if as_json:
+    parser.add_argument("--arch", type=int, choices=(90, 80), help="only for Hopper or Ampere")
+    args = parser.parse_args(argv)
+    rows = reports((args.arch,) if args.arch else (90, 80))
+    if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
         print(table(rows))

@@ -24,9 +24,9 @@ from data import load_data, read_json, write_json  # noqa: E402
 from eval import by_checkpoint, value  # noqa: E402
 
 BANDS = ROOT / "docs" / "bands.json"
-# Half the width of a band, in standard deviations. Where these are known from ten seeds, 2 honest
-# runs of 10,000 have a given figure outside of it (Student's t), and 3 of 1,000 any of fourteen.
-WIDTH = 6.0
+# Half the width of a band, in standard deviations. Where these are known from ten seeds, 3 honest
+# runs of 1,000 have a given figure outside of it (Student's t).
+WIDTH = 4.0
 # What may differ from the runs that the bands were made of.
 FREE = """name data_dir run_dir seed workers device dtype kernels compile threads deterministic
     peak_tflops parallel shard_size reduce_dtype activation_checkpointing timeout_minutes
@@ -77,7 +77,8 @@ def check(config: Config, bands: dict[str, Any]) -> str:
     if data.sha256 != bands["data_sha256"]:
         return (f"{config.data_dir} is not the data that docs/bands.json is about (its sha256 is"
                 f" {data.sha256[:16]}, not {bands['data_sha256'][:16]}): nothing to compare with.")
-    recorded = decisive(read_json(Path(config.run_dir, "config.json")))
+    # What an older version did not record had its default.
+    recorded = asdict(Config()) | read_json(Path(config.run_dir, "config.json"))
     other = [key for key in bands["settings"] if recorded.get(key) != bands["settings"][key]]
     if other:
         return f"{config.run_dir} has a {', '.join(other)} of its own: nothing to compare with."
