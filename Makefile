@@ -24,6 +24,7 @@ run: .venv/run.installed
 crystal: .venv/run.installed
 	@for stage in 1 2 3; do for step in prepare_data train eval; do \
 	  $(PY) $$step.py configs/crystal_tiny_stage$$stage.py || exit; done; done
+	@$(PY) tools/report.py configs/crystal_tiny_stage3.py
 
 test: .venv/dev.installed
 	@$(PY) -m ruff check .

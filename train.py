@@ -678,7 +678,7 @@ def data_for(config: Config) -> Data:
     if not data.schedule(config):
         raise UserError(f"There is nothing to train on in {config.data_dir}: no chunk that"
                         f" skip_chunks leaves has the {config.global_batch_size} sequences of one"
-                        " step. Lower global_batch_size, or prepare more data.")
+                        " step. Lower global_batch_size, or prepare more text or fewer chunks.")
     return data
 
 

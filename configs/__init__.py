@@ -278,7 +278,7 @@ def read_file(path: str) -> dict[str, Any]:
             raise UserError(f"{path} is neither a file nor the directory of a run.")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py")))
+        near = ", ".join(sorted(os.path.relpath(p) for p in Path(__file__).parent.glob("[!_]*.py")))
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"Cannot read the config file {path}: {reason}. There are: {near}.")
     # A config is a program, so that one can build on another. It is the user's own, and may run.
