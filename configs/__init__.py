@@ -184,17 +184,6 @@ POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_att
     rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
     global_batch_size micro_batch_size learning_rate epochs adam_eps grad_clip timeout_minutes
     eval_sequences k l batch world_size""".split()
-# What older configs and commands say, and what to write instead.
-RENAMED = {
-    "rows_per_chunk": "sequences_per_chunk", "valid_rows": "valid_sequences",
-    "eval_rows": "eval_sequences", "on_bad_row": "on_bad_line", "rows": "sequences",
-    "make_up": "skip_chunks, whose chunks are always made up for",
-    "async_save": "nothing: a checkpoint is always written while training goes on",
-    "show_step": "python lookup.py CONFIG --step=N", "step": "python lookup.py CONFIG --step=N",
-    "replay": "python audit.py CONFIG --replay=N",
-    "verify": "python audit.py CONFIG", "dry_run": "python tools/dry_run.py CONFIG",
-    "compare": "python tools/report.py runs/a runs/b",
-}
 
 
 @dataclass
@@ -298,9 +287,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def unknown(key: str, known: list[str]) -> str:
-    """What to say of a name that is no setting: its new name, or the nearest one."""
-    if key in RENAMED:
-        return f"{key!r} is gone; write {RENAMED[key]}."
+    """What to say of a name that is no setting: the nearest one."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "-h lists them."
     return f"there is no setting {key!r}; {hint}"

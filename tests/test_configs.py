@@ -80,16 +80,6 @@ def test_values_out_of_range(argument: str, words: str) -> None:
     assert words in refusal(["configs/amber_tiny.py", argument])
 
 
-def test_names_of_before_are_refused_with_the_new_one(tmp_path: Path) -> None:
-    path = write(tmp_path, "rows_per_chunk = 4\nvalid_rows = 2\n")
-    text = refusal([path, "--rows=3", "--replay=1", "--make_up=false", "--on_bad_row=skip"])
-    for name in ("sequences_per_chunk", "valid_sequences", "sequences", "on_bad_line",
-                 "python audit.py CONFIG --replay=N", "skip_chunks"):
-        assert f"is gone; write {name}" in text
-    assert "must be one of 'stop', 'skip_step', found 'skip_chunk'" in refusal(
-        ["configs/amber_tiny.py", "--on_nonfinite=skip_chunk"])
-
-
 def test_a_model_config_alone_is_whole() -> None:
     assert configs.ModelConfig(hidden_size=64, num_attention_heads=4).num_key_value_heads == 4
 
