@@ -329,7 +329,7 @@ def check_log(config: Config, data: Data, points: list[Point], chunks: list[int]
               report: Report) -> None:
     """Each line of metrics.jsonl against what follows from the config, and the recorded losses
     against those that the checkpoint before gives on the same steps."""
-    logged = {r.get("step"): r for r in ckpt.read_records(Path(config.run_dir) / "metrics.jsonl")}
+    logged = ckpt.read_metrics(config.run_dir)
     recorded, expected = [], []
     for k, point in enumerate(points):
         visit = point.visit

@@ -729,6 +729,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_metrics(run_dir: str | Path) -> dict[int, dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, by their step. A line that does not have the form that
+    train.py gives it is left out: others may have written this file."""
+    found = {}
+    for r in read_records(Path(run_dir, "metrics.jsonl")):
+        by_source, valid = r.get("loss_by_source", {}), r.get("valid", {})
+        if type(by_source) is not dict or type(valid) is not dict:
+            continue
+        numbers = [r.get("step"), r.get("tokens"), *by_source.values()]
+        numbers += [r.get(key, 0) for key in ("chunk", "loss", "grad_norm", "lr", "tokens_per_s")]
+        for result in valid.values():
+            keys = ("loss", "bits_per_byte")
+            numbers += [result.get(key) for key in keys] if type(result) is dict else [None]
+        if all(type(x) in (int, float) for x in numbers):
+            found[r["step"]] = r
+    return found
+
+
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
     try:
@@ -827,8 +845,15 @@ def measure(file: Path, model: LLaMA, path: Path,
 
 def known_results(file: Path) -> dict[str, dict[str, Any]]:
     """The results in a file, by what they are results of."""
-    return {json.dumps(record["of"]): record for record in read_records(file)
-            if "result" in record and "of" in record}
+    return {json.dumps(record["of"]): record for record in read_results(file)}
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results that have their form."""
+    return [r for r in read_records(file) if type(r.get("of")) is dict
+            and type(r.get("evaluation")) is str and type(r.get("result")) is dict
+            and {"checkpoint", "step", "tokens"} <= r.keys()
+            and all(type(r[key]) in (int, type(None)) for key in ("step", "tokens"))]
 
 
 def meet(damaged: set[Path]) -> set[Path]:

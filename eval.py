@@ -593,10 +593,10 @@ def report(config: Config, entries: list[dict[str, Any]], sample: str, argv: lis
     at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
     lines.append(("checkpoint", f"{last['checkpoint']}{at},"
                                 f" {meta_model(config).n_params:,} parameters"))
-    steps = checkpoint.read_records(Path(config.run_dir, "metrics.jsonl"))
-    losses = [step["loss"] for step in steps if "loss" in step]
+    steps = [r for r in checkpoint.read_metrics(config.run_dir).values() if "loss" in r]
+    losses = [step["loss"] for step in steps]
     if losses and at:
-        speed = statistics.median(step["tokens_per_s"] for step in steps if "loss" in step)
+        speed = statistics.median(step["tokens_per_s"] for step in steps)
         lines.append(("training", f"loss {statistics.fmean(losses[-20:]):.3f} (last 20 steps),"
                                   f" {speed:,.0f} tokens/s (median)"))
     for name, r in last["text"].items():

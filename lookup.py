@@ -58,7 +58,7 @@ def show_step(config: Config, step: int) -> None:
     chunk = data.chunk(visit.chunk)
     print(f"step {step} = step {within + 1} of chunk {visit.chunk}, {batch} sequences of"
           f" {config.data_dir}")
-    if record := read_log(config).get(step):
+    if record := ckpt.read_metrics(config.run_dir).get(step):
         kept = ("loss", "grad_norm", "lr", "loss_by_source")
         print(", ".join(f"{key} {json.dumps(record[key])}" for key in kept if key in record))
     for i in step_sequences(config.seed, visit.chunk, len(chunk), within, batch,
@@ -68,12 +68,6 @@ def show_step(config: Config, step: int) -> None:
         print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
               f" {json.dumps(text, ensure_ascii=False)}")
         print(f"{'':<16} {origin(data, visit.chunk, i, 0, data.seq_len + 1)}")
-
-
-def read_log(config: Config) -> dict[int, dict[str, Any]]:
-    """The lines of metrics.jsonl by their step."""
-    records = ckpt.read_records(Path(config.run_dir) / "metrics.jsonl")
-    return {record["step"]: record for record in records if "step" in record}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,7 +274,8 @@ def passage_loss(model: LLaMA, data: Data, place: Place) -> float:
 
 def show_outliers(config: Config, command: str) -> None:
     """Print the steps whose loss or gradient norm is outside the band of the steps around them."""
-    log = [record for _, record in sorted(read_log(config).items()) if "loss" in record]
+    lines = ckpt.read_metrics(config.run_dir)
+    log = [lines[step] for step in sorted(lines) if "loss" in lines[step]]
     if len(log) < WINDOW:
         raise UserError(f"{config.run_dir}/metrics.jsonl has {len(log)} steps, and a band is made"
                         f" of {WINDOW}: run train.py with this config first.")

@@ -67,7 +67,7 @@ def replay(config: Config, after: Path) -> str:
     if visit is None or visit.first_step + visit.steps != manifest["step"]:
         raise UserError(f"{after} says that it is of step {manifest['step']}, where no chunk ends.")
     before = load_start(run, visit, manifest)
-    logged = {r.get("step"): r for r in ckpt.read_records(run.dir / "metrics.jsonl")}
+    logged = ckpt.read_metrics(run.dir)
     # The same steps as in train.py's loop, without saving, validation and samples, none of which
     # leaves a trace in the weights.
     other_lines = []

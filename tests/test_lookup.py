@@ -255,8 +255,8 @@ def test_outliers(home: Path, tmp_path: Path,  # noqa: F811
         records = []
         for step in range(1, 301):
             loss = change.get(step, 3 + 5 * 0.97 ** step + noise * rng.standard_normal())
-            records.append({"step": step, "chunk": 2, "loss": loss, "grad_norm": 0.5,
-                            "loss_by_source": {"web": loss, "code": loss + 1}})
+            records.append({"step": step, "tokens": 8 * step, "chunk": 2, "loss": loss,
+                            "grad_norm": 0.5, "loss_by_source": {"web": loss, "code": loss + 1}})
         (tmp_path / "run").mkdir(exist_ok=True)
         ckpt.write_records(tmp_path / "run/metrics.jsonl", records)
         lookup.main(argv(home, tmp_path / "run", outliers=True))
@@ -271,7 +271,7 @@ def test_outliers(home: Path, tmp_path: Path,  # noqa: F811
         assert lines[1].endswith("--step=150") and f"lookup.py {home}/mini.py" in lines[1]
         low, high = lines[1].split("band ")[1].split(",")[0].split(" to ")
         assert 2 < float(low) < 3.2 < float(high) < 4.4
-    ckpt.write_records(tmp_path / "run/metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    ckpt.write_records(tmp_path / "run/metrics.jsonl", [{"step": 1, "tokens": 8, "loss": 1.0}])
     for directory, n in (("run", 1), ("no_run", 0)):
         with pytest.raises(UserError, match=f"has {n} steps, and a band is made of 51"):
             lookup.main(argv(home, tmp_path / directory, outliers=True))

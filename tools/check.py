@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoint import read_records  # noqa: E402
+from checkpoint import read_metrics  # noqa: E402
 from configs import Config, UserError, load, run_command  # noqa: E402
 from data import load_data, read_json, step_sequences, step_to_visit  # noqa: E402
 from model import meta_model  # noqa: E402
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
 def metrics(run_dir: str | Path) -> list[dict]:
     """The steps of a run; UserError if it has none."""
-    records = [r for r in read_records(Path(run_dir, "metrics.jsonl")) if "loss" in r]
+    records = [r for r in read_metrics(run_dir).values() if "loss" in r]
     if not records:
         raise UserError(f"{run_dir} has no steps yet: make the run that docs/course.md says first.")
     return records

@@ -12,13 +12,12 @@ import csv
 import math
 import os
 import statistics
-from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from checkpoint import read_records
-from configs import Config, UserError
+from checkpoint import read_metrics
+from configs import UserError, load
 from data import read_json
 from model import meta_model
 from tools.page import Panel, curve_figures, paragraph, smooth, table, text, write_page
@@ -30,12 +29,11 @@ SEEDS = ("seed", "init_seed")
 def read_run(path: str) -> dict[str, Any]:
     """Settings, log and validations of a run directory; UserError if it is none."""
     settings = read_json(Path(path, "config.json"))
-    steps = [r for r in read_records(Path(path, "metrics.jsonl")) if "loss" in r]
+    steps = [r for r in read_metrics(path).values() if "loss" in r]
     if not (settings and steps):
         raise UserError(f"{path} is not the directory of a run: it has no config.json or no"
                         " metrics.jsonl, which train.py writes.")
-    config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
-    return {"settings": settings, "steps": steps, "model": meta_model(config),
+    return {"settings": settings, "steps": steps, "model": meta_model(load([path])[0]),
             "valid": {step["tokens"]: step["valid"] for step in steps if "valid" in step}}
 
 

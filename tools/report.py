@@ -11,6 +11,7 @@ that it comes from.
 import ast
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np  # noqa: E402
 
-from checkpoint import list_checkpoints, read_manifest, read_records, weights_hash  # noqa: E402
+from checkpoint import (  # noqa: E402
+    list_checkpoints,
+    read_manifest,
+    read_metrics,
+    read_results,
+    weights_hash,
+)
 from configs import Config, UserError, load, run_command  # noqa: E402
 from data import load_data, read_json  # noqa: E402
 from eval import by_checkpoint, published_scores, value  # noqa: E402
-from lookup import find_outliers, read_log  # noqa: E402
+from lookup import find_outliers  # noqa: E402
 from memorize import cell_means, double_center  # noqa: E402
 from model import meta_model  # noqa: E402
 from tools import compare  # noqa: E402
@@ -41,6 +48,17 @@ from tools.page import (  # noqa: E402
     text,
     write_page,
 )
+
+
+def made_of(file: Path | str, work: Callable[[], str]) -> str:
+    """A part of the page; a sentence where the file that it is made of has another form than this
+    code gives it, as a stranger's may."""
+    try:
+        return work()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return paragraph(f"{file} cannot be shown: it does not have the form that it should"
+                         f" ({type(error).__name__}: {error}).")
+
 
 # ---------------------------------------------------------------------------------------------
 # data
@@ -111,6 +129,16 @@ def samples(run_dir: Path) -> dict[int, str]:
     return found
 
 
+def audit_part(audit: dict[str, Any]) -> str:
+    """The table of audit.json, and what was found."""
+    checks = ("files", "twins", "path", "trace", "log")
+    rows = [[name, *(cells.get(c, "-") for c in checks)]
+            for name, cells in audit["checkpoints"].items()]
+    sentences = [f"{found['check']}: {found['sentence']}" for found in audit["findings"]]
+    return "".join(["<h3>Audit</h3>", table(["checkpoint", *checks], rows),
+                    *map(paragraph, sentences or ["Nothing found."])])
+
+
 def checkpoint_section(config: Config, manifests: dict[str, dict]) -> str:
     """Each checkpoint, what it writes, and what an audit says of it."""
     run_dir, lines = Path(config.run_dir), []
@@ -120,15 +148,8 @@ def checkpoint_section(config: Config, manifests: dict[str, dict]) -> str:
                       m["weights_sha256"][:16]])
     parts = [table(["checkpoint", "step", "tokens", "chunk", "", "sha256 of the weights"], lines)]
     audit = read_json(run_dir / "audit.json")
-    if audit:
-        checks = ("files", "twins", "path", "trace", "log")
-        rows = [[name, *(cells.get(c, "-") for c in checks)]
-                for name, cells in audit.get("checkpoints", {}).items()]
-        parts += ["<h3>Audit</h3>", table(["checkpoint", *checks], rows)]
-        for found in audit.get("findings", []) or [{"check": "", "sentence": "Nothing found."}]:
-            parts.append(paragraph(f"{found['check']} {found['sentence']}".strip()))
-    else:
-        parts.append(paragraph("This run has not been audited."))
+    parts.append(made_of("audit.json", lambda: audit_part(audit)) if audit else
+                 paragraph("This run has not been audited."))
     parts.append(source(f"python audit.py {run_dir}"))
     written = samples(run_dir)
     if written:
@@ -147,15 +168,14 @@ def measured(run_dir: Path) -> list[dict[str, Any]]:
     """The results in eval.jsonl that belong to the weights of today's checkpoints."""
     # A run that was trained anew has checkpoints of the same names, and other weights.
     today = {weights_hash(path) for path in list_checkpoints(run_dir)}
-    results = [record for record in read_records(run_dir / "eval.jsonl")
-               if record.get("of", {}).get("weights") in today]
+    results = [r for r in read_results(run_dir / "eval.jsonl") if r["of"].get("weights") in today]
     return by_checkpoint(results)
 
 
 def curve_panels(run_dir: Path) -> list[Panel]:
     """Training loss, bits per byte and accuracy over tokens."""
     losses: dict[str, Points] = {}
-    for record in read_records(run_dir / "metrics.jsonl"):
+    for record in read_metrics(run_dir).values():
         for name, loss in record.get("loss_by_source", {}).items():
             losses.setdefault(name, []).append((record["tokens"], loss))
     losses = {name: smooth(points) for name, points in losses.items()}
@@ -212,6 +232,8 @@ def stage_panels(runs: list[tuple[Path, int]]) -> list[Panel]:
 
 def result_table(entries: list[dict[str, Any]]) -> str:
     """The figures of the last checkpoint."""
+    if not entries:
+        return paragraph("It has not been evaluated.")
     rows = []
     for name, r in entries[-1]["text"].items():
         rows.append([name, f"{r['bits_per_byte']:.3f} bits per byte", f"loss {r['loss']:.3f}"])
@@ -261,20 +283,19 @@ def memorization_part(run_dir: Path, summary: dict[str, Any]) -> str:
 
 def metrics_section(config: Config) -> str:
     """Curves, scores, memory, and the steps that stand out."""
-    run_dir, parts = Path(config.run_dir), [curve_figures(curve_panels(Path(config.run_dir)))]
+    run_dir = Path(config.run_dir)
+    parts = [made_of("eval.jsonl", lambda: curve_figures(curve_panels(run_dir)))]
     parts.append(source(f"{run_dir}/metrics.jsonl", f"python eval.py {run_dir}"))
-    entries = measured(run_dir)
-    if entries:
-        parts += [result_table(entries), source(f"python eval.py {run_dir}")]
-    else:
-        parts.append(paragraph(f"It has not been evaluated: python eval.py {run_dir}"))
+    parts.append(made_of("eval.jsonl", lambda: result_table(measured(run_dir))))
+    parts.append(source(f"python eval.py {run_dir}"))
     if len(runs := parent_runs(run_dir)) > 1:
         parts += ["<h3>With the runs that it goes on from: bits per byte</h3>",
                   curve_figures(stage_panels(runs))]
     summary = read_json(run_dir / "memorization.json")
-    parts.append(memorization_part(run_dir, summary) if summary else paragraph(
-        f"What it remembers has not been measured: python memorize.py {run_dir}"))
-    outliers = find_outliers([r for _, r in sorted(read_log(config).items()) if "loss" in r])
+    parts.append(made_of("memorization.json", lambda: memorization_part(run_dir, summary))
+                 if summary else paragraph("What it remembers has not been measured: python"
+                                           f" memorize.py {run_dir}"))
+    outliers = find_outliers([r for _, r in sorted(read_metrics(run_dir).items()) if "loss" in r])
     rows = [[step, key, f"{v:.3f}", f"{low:.3f} to {high:.3f}"]
             for step, key, v, low, high, _ in outliers[:20]]
     parts.append(f"<h3>Steps that stand out: {len(outliers)}</h3>")
@@ -285,7 +306,7 @@ def metrics_section(config: Config) -> str:
 
 def write_report(config: Config) -> Path:
     """Write report.html of a run; returns its path."""
-    run_dir, steps = Path(config.run_dir), read_records(Path(config.run_dir, "metrics.jsonl"))
+    run_dir, steps = Path(config.run_dir), [*read_metrics(config.run_dir).values()]
     manifests = {path.name: read_manifest(path) for path in list_checkpoints(run_dir)}
     newest = next(reversed(manifests.values()), {})
     model, tokens = meta_model(config), steps[-1]["tokens"] if steps else 0
@@ -295,7 +316,7 @@ def write_report(config: Config) -> Path:
     write_page(run_dir / "report.html", str(run_dir), intro, {
         "Metrics and analyses": metrics_section(config),
         "Checkpoints": checkpoint_section(config, manifests),
-        "Data, in its order": data_section(config),
+        "Data, in its order": made_of(config.data_dir, lambda: data_section(config)),
         "Code and configuration": code_section(config, newest)})
     return run_dir / "report.html"
 
