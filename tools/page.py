@@ -8,6 +8,7 @@ import html
 import io
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,9 +53,13 @@ def import_pyplot() -> Any:
                         " matplotlib.")
     matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot
-    # Letters stay text, which the browser sets in the page's own type.
+    # Letters stay text, which the browser sets in the page's own type: it may have those that
+    # matplotlib's fonts do not.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    # A name with dollar signs is a name, and no formula.
     style = {"svg.fonttype": "none", "font.family": "serif", "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False, "savefig.transparent": True}
+             "axes.spines.right": False, "legend.frameon": False, "savefig.transparent": True,
+             "text.parse_math": False}
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
              "ytick.color")
     pyplot.rcParams.update(style | dict.fromkeys(inked, INK))
@@ -70,9 +75,9 @@ def draw(work: Callable[[Any], None]) -> str:
     figure.savefig(out, format="svg")
     pyplot.close(figure)
     # What stands before the drawing names web addresses, and the page has a head of its own.
-    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :],
-                  flags=re.S)
-    return f"<figure>{text.replace(INK, 'currentColor')}</figure>"
+    svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :],
+                 flags=re.S)
+    return f"<figure>{printable(svg).replace(INK, 'currentColor')}</figure>"
 
 
 class Panel(NamedTuple):
@@ -119,10 +124,14 @@ def smooth(points: Points) -> Points:
     return means
 
 
+def printable(value: Any) -> str:
+    """A value without control characters, which have no place in a page, not even escaped."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
+
+
 def text(value: Any) -> str:
     """A value as text of the page: what a stranger's file says is never read as HTML."""
-    # Control characters have no place in a page, not even escaped.
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value)))
+    return html.escape(printable(value))
 
 
 def table(head: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
