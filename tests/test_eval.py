@@ -25,10 +25,10 @@ import memorize
 import prepare_data
 import train
 from configs import UserError, load
-from data import load_data, write_json
+from data import load_data, sha256_json, write_json
 from model import build_for_inference, continue_text
 from tools import bands, check, compare, report
-from tools.page import smooth
+from tools.page import Panel, curve_figures, smooth
 
 # A window that the longest prompts of the tasks below exceed and the others do not.
 CONFIG = """
@@ -457,8 +457,18 @@ def test_compare(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     compare.main([paths[0], str(tmp_path / "longer")])
     assert "All are compared at 2,048 tokens" in capsys.readouterr().out
     assert compare.judge([0.3, 0.31, 0.29]) == ("+0.300 ± 0.006", "more than chance")
-    assert compare.judge([0.1, -0.06])[1] == "nothing yet: about 124 more seeds would decide"
+    assert compare.judge([0.1, -0.06])[1] == "nothing yet: more seeds would decide, about 124"
     assert compare.judge([0.1])[1].startswith("one pair has no error")
+    # Runs of other data are neither repetitions nor a pair.
+    for path in ckpt.list_checkpoints(paths[1]):
+        manifest = ckpt.read_manifest(path) | {"data_sha256": "0" * 64}
+        write_json(path / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
+    compare.main(paths)
+    text = capsys.readouterr().out
+    assert "no difference is taken" in text
+    assert "seed by seed: mean" not in text
+    spread = text[text.index("mean ± standard deviation") :].splitlines()
+    assert [line.split()[4] for line in spread if "data 000000000000" in line] == ["1"]
     with pytest.raises(UserError, match="two or more"):
         compare.main([paths[0]])
     with pytest.raises(UserError, match="nowhere is not the directory of a run"):
@@ -492,6 +502,8 @@ def test_pictures_of_a_run(quiz: Path, measured: list, tmp_path: Path,
     log.write_text(before + "step 7/9\nsample: '<img src=x onerror=alert(1)>\\x00'\n")
     page = html_of(report.write_report(load([config])[0]))
     assert any("<img src=x" in (pre.text or "") for pre in page.iter("pre"))
+    odd = curve_figures([Panel("$\\foo{$", "x", {"<b>\x00$_$": [(0, 1), (1, 2)]})])
+    assert "".join(ElementTree.fromstring(odd).itertext()).count("<b>\ufffd$_$") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install matplotlib"):
         report.main([str(quiz / "run")])
@@ -507,6 +519,10 @@ def test_a_run_is_drawn_with_those_it_goes_on_from(
         evaluation.main(argv(home, directory, tasks="recall", checkpoints="0"))
     prose = next(panel for panel in report.stage_panels(runs) if panel.title == "prose")
     assert [x for points in prose.curves.values() for x, _ in points] == [1536, 4608 + 1536]
+    # An evaluation of one checkpoint adds to the picture, and takes nothing from it.
+    evaluation.main(argv(home, first, tasks="recall", checkpoints="last"))
+    points = report.curves(report.measured(first), "text")["validation prose"]
+    assert [x for x, _ in points] == [1536, 4608]
     pytest.importorskip("matplotlib")
     memorize.main(argv(home, second, k=8, l=8))
     report.main([str(second)])

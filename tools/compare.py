@@ -16,9 +16,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from checkpoint import read_metrics
-from configs import UserError, load
-from data import read_json
+from checkpoint import list_checkpoints, read_manifest, read_metrics
+from configs import Config, UserError, load
+from data import load_data, read_json, sha256_json
 from model import meta_model
 from tools.page import Panel, curve_figures, paragraph, smooth, table, text, write_page
 
@@ -33,8 +33,26 @@ def read_run(path: str) -> dict[str, Any]:
     if not (settings and steps):
         raise UserError(f"{path} is not the directory of a run: it has no config.json or no"
                         " metrics.jsonl, which train.py writes.")
-    return {"settings": settings, "steps": steps, "model": meta_model(load([path])[0]),
+    config, _ = load([path])
+    # Runs of other data are no repetitions of each other, even if all their settings are the same.
+    saved = list_checkpoints(path)
+    data_sha256 = read_manifest(saved[-1])["data_sha256"] if saved else ""
+    settings["data"] = data_sha256[:12]
+    return {"settings": settings, "steps": steps, "model": meta_model(config),
+            "validated_on": validation_hash(config, data_sha256),
             "valid": {step["tokens"]: step["valid"] for step in steps if "valid" in step}}
+
+
+def validation_hash(config: Config, data_sha256: str) -> str:
+    """A hash of the sequences that a run validates on; where its data are gone, of all its data."""
+    held_out = data_sha256
+    try:
+        data = load_data(config.data_dir)
+        if data.sha256 == data_sha256:  # the directory may hold other data by now
+            held_out = sha256_json(data.manifest["valid"])
+    except UserError:
+        pass
+    return f"{held_out}, {config.eval_sequences} of each source"
 
 
 def common_tokens(runs: dict[str, dict[str, Any]]) -> tuple[int, str]:
@@ -130,6 +148,8 @@ def judge(differences: list[float]) -> tuple[str, str]:
     """A mean difference with its standard error; and whether that is more than chance, or how many
     more seeds would show it if the true difference were this one."""
     mean, n = statistics.fmean(differences), len(differences)
+    if not any(differences):
+        return f"{mean:+.3f}", "no difference"
     if n < 2:
         return f"{mean:+.3f}", "one pair has no error: train another seed"
     deviation = statistics.stdev(differences)
@@ -140,8 +160,8 @@ def judge(differences: list[float]) -> tuple[str, str]:
     needed = n + 1
     while needed < 1000 and abs(mean) <= t95(needed) * deviation / math.sqrt(needed):
         needed += 1
-    more = f"about {needed - n}" if needed < 1000 else "hundreds of"
-    return found, f"nothing yet: {more} more seeds would decide"
+    more = f"about {needed - n}" if needed < 1000 else "hundreds"
+    return found, f"nothing yet: more seeds would decide, {more}"
 
 
 def t95(n: int) -> float:
@@ -188,12 +208,17 @@ def main(argv: list[str]) -> None:
         if key not in PLACES and any(s.get(key) != settings[0][key] for s in settings):
             differing.append(key)
     at, note = common_tokens(runs)
+    same_text = len({run["validated_on"] for run in runs.values()}) == 1
+    if not same_text:
+        note += (" They are not known to have validated on the same text: no difference is taken"
+                 " seed by seed.")
     groups = group_runs(runs, differing, at)
     tables = {note: run_lines(runs, differing, at)}
     if len(groups) < len(runs):
         tables["mean ± standard deviation over seeds"] = spread_lines(groups)
-    if len(pairs := pair_lines(groups)) > 1:
-        tables["bits per byte, seed by seed: mean difference ± standard error"] = pairs
+    if same_text and len(pairs := pair_lines(groups)) > 1:
+        tables["bits per byte, seed by seed: mean difference ± standard error (more than chance:"
+               " Student's t, 95 %, so once in twenty it is chance)"] = pairs
     print("\n\n".join(f"{title}\n{aligned(lines)}" for title, lines in tables.items()))
     with open(Path(top, "compare.csv"), "w", newline="", encoding="utf-8") as f:
         # A line per run, as spreadsheets want it.
