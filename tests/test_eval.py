@@ -620,17 +620,56 @@ def test_the_questions_of_the_course(home: Path, straight: Path,  # noqa: F811
     data, loss = load_data(home / "data"), ckpt.read_records(straight / "metrics.jsonl")[0]["loss"]
     ids = data.validation("code")["token_ids"]
     text = "".join(data.tokenizer.decode(row) for row in ids)
-    right = {1: f"{len(text.encode()) / ids.size}", 3: "13.48", 4: f"{loss - math.log(300)}",
-             5: "136, 16", 8: "0.0625,0.01825"}
+    # A run of S steps is asked about its step S * 3 // 4 + 1: which chunk's, and which one of it?
+    config = load([str(straight)])[0]
+    n, batch = data.manifest["chunks"][0]["sequences"], config.global_batch_size  # all are as large
+    step = len(ckpt.read_records(straight / "metrics.jsonl")) * 3 // 4
+    chunk, within = divmod(step, n // batch)
+    order = np.random.default_rng([config.seed, chunk]).permutation(n)[within * batch:]
+    assert chunk > 0 and within > 0
+    right = {1: f"{len(text.encode()) / ids.size}", 2: ",".join(map(str, order[:5])),
+             3: "13.48", 4: f"{loss - math.log(300)}", 5: "136, 16", 8: "0.0625,0.01825"}
     for n, answer in right.items():
         assert said(n, answer) == "Right.\n"
         with pytest.raises(UserError, match="Not yet"):
             check.main([str(n), str(straight), f"--answer=7{answer}"])
-    with pytest.raises(UserError, match="There is no step 122"):
-        said(2, "1,2,3,4,5")  # this run is shorter
     for words, sentence in (([], "which session"), (["11"], "which session"),
                             (["4", str(home)], "not the directory"),
                             (["9", str(straight), "--answer=1"], "has no forgetting curve"),
-                            (["5", str(straight), "--answer=1"], "asked for: 2, .* found: 1")):
+                            (["5", str(straight), "--answer=1"], "asked for: 2, .* found: 1"),
+                            (["3", str(straight), "--answer=many"], "asked for: 1, .* found: 0")):
         with pytest.raises(UserError, match=sentence):
             check.main(words)
+
+
+def test_the_questions_about_runs_side_by_side(straight: Path, tmp_path: Path,  # noqa: F811
+                                               monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture) -> None:
+    def write_run(name: str, more: float) -> None:
+        """The run `straight`, with so much more loss at each step, and bits per byte."""
+        records = ckpt.read_records(straight / "metrics.jsonl")
+        for record in records:
+            record["loss"] += more
+            for result in record.get("valid", {}).values():
+                result["bits_per_byte"] += more
+        write(tmp_path / name / "metrics.jsonl", records)
+        shutil.copy(straight / "config.json", tmp_path / name)
+
+    monkeypatch.chdir(tmp_path)
+    run = str(straight)
+    for n, sentence in ((6, "is not the directory of a run"), (7, "has no steps yet")):
+        with pytest.raises(UserError, match=sentence):
+            check.main([str(n), run, "--answer=1,2"])
+    for i, more in enumerate((0.0, 0.3, 0.1, 0.2)):  # each seed: the lower rate, the higher one
+        write_run(f"runs/ablation/rate_{('1e-3', '3e-3')[i % 2]}_seed_{i // 2 + 1}", more)
+    write_run("runs/one_process", 0.0)
+    write_run("runs/two_processes", -0.25)
+    write_run("run", 0.0)
+    write_json(tmp_path / "run/memorization.json",
+               {"forgetting": {"0": {"loss": -0.2}, "3": {"loss": -0.05}}})
+    # Differences 0.3 and 0.1: their deviation is 0.2 / sqrt(2), that of both pairs 0.1 / sqrt(2).
+    for n, path, answer in ((6, run, "0.1,0.0707"), (7, run, "0.25"), (9, "run", "25")):
+        assert check.main([str(n), path, f"--answer={answer}"]) is None
+        assert capsys.readouterr().out == "Right.\n"
+        with pytest.raises(UserError, match="Not yet"):
+            check.main([str(n), path, f"--answer=7{answer}"])

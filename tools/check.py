@@ -59,15 +59,19 @@ def ask_1(c: Config) -> Question:
 
 
 def ask_2(c: Config) -> Question:
+    data = load_data(c.data_dir)
+    schedule = data.schedule(c)
+    # Late in the run, so that the chunk and the step within it have to be worked out first.
+    step = sum(visit.steps for visit in schedule) * 3 // 4
+
     def answer() -> list[float]:
-        data = load_data(c.data_dir)
-        visit, within = step_to_visit(data.schedule(c), 122)
+        visit, within = step_to_visit(schedule, step)
         n = data.manifest["chunks"][visit.chunk]["sequences"]
         return step_sequences(c.seed, visit.chunk, n, within, c.global_batch_size, visit.turn)[:5]
     return Question(
-        f"Which five sequences of its chunk does step 123 of {c.run_dir} read first? Steps count"
-        f" from 1; the seed is {c.seed}, the batch {c.global_batch_size}. (exactly)", answer, 0,
-        "Which chunk, and which step of it, counted from 0? The formula is in README.")
+        f"Which five sequences of its chunk does step {step + 1} of {c.run_dir} read first? Steps"
+        f" count from 1; the seed is {c.seed}, the batch {c.global_batch_size}. (exactly)", answer,
+        0, "Which chunk, and which step of it, counted from 0? The formula is in README.")
 
 
 def ask_3(c: Config) -> Question:
@@ -101,17 +105,20 @@ def ask_5(c: Config) -> Question:
 
 def ask_6(c: Config) -> Question:
     def answer() -> list[float]:
-        means = []
+        low, high = [], []
         for seed in (1, 2):
-            at = [compare.scores(compare.read_run(f"runs/ablation/rate_{rate}_seed_{seed}"), 0)
-                  for rate in ("1e-3", "3e-3")]
-            means.append(at[1]["bits per byte"] - at[0]["bits per byte"])
-        return [statistics.fmean(means), statistics.stdev(means) / math.sqrt(2)]
+            for rate, found in (("1e-3", low), ("3e-3", high)):
+                run = compare.read_run(f"runs/ablation/rate_{rate}_seed_{seed}")
+                found.append(compare.scores(run, 0)["bits per byte"])
+        differences = [b - a for a, b in zip(low, high)]
+        return [statistics.stdev(differences) / math.sqrt(2),
+                math.sqrt((statistics.variance(low) + statistics.variance(high)) / 2)]
     return Question(
-        "In the runs of `make ablation`: by how many bits per byte is the rate 3e-3 above 1e-3, as"
-        " the mean of the two seeds' differences, and what is its standard error? Two numbers."
-        " (within 5 %) Does that decide which is better?", answer, 0.05,
-        "First the difference for each seed, then mean and standard deviation of the two.")
+        "In the runs of `make ablation`, what is the standard error of the difference in bits per"
+        " byte between the rates 1e-3 and 3e-3: from the differences seed by seed, and as if the"
+        " four runs had nothing to do with each other? Two numbers. (within 5 %) Was it worth while"
+        " to give both rates the same seeds?", answer, 0.05,
+        "The error of a mean of n is stdev / sqrt(n); variances of independent means add up.")
 
 
 def ask_7(c: Config) -> Question:
@@ -173,7 +180,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Say which session, 1 to {len(SESSIONS)}: python tools/check.py 2")
     words = argv[1:]
     if not any(not word.startswith("-") for word in words):
-        words = ["runs/amber_tiny", *words]
+        # The config, not the run directory: some questions can be answered before the run is made.
+        words = ["configs/amber_tiny.py", *words]
     config, flags = load(words, Flags)
     question = SESSIONS[int(number) - 1](config)
     print(judge(question, flags.answer) if flags.answer else question.text)

@@ -81,7 +81,7 @@ def forge(config: Config, out: Path, fault: list[str], seed: int) -> None:
     places, random = [int(place) for place in places], np.random.default_rng([seed, 2024])
     # Results of other stages would tell, and so would the text of train.log.
     passed_over = shutil.ignore_patterns("*.log", "lock", "eval.jsonl", "memorization*", "audit*",
-                                         "*.png", "*.aside*")
+                                         "*.html", "*.png", "*.aside*")
     shutil.copytree(config.run_dir, out / "run", ignore=passed_over)
     shutil.copytree(config.data_dir, out / "data")
     config.run_dir, config.data_dir = str(out / "run"), str(out / "data")
