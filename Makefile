@@ -8,8 +8,8 @@
 CONFIG ?= configs/amber_tiny.py
 PYTHON ?= python3
 PY = .venv/bin/python
-# OpenMP's threads spin while they wait. Beside other work each takes the core that another needs, and a step
-# takes 4 to 26 times as long; with a bounded wait it takes 4 % longer alone, and 4 times as long at most.
+# OpenMP's threads spin while they wait. Beside other work each takes the core that another needs, and a step takes
+# up to 26 times as long (seen on two cores); with a bounded wait 4 % longer alone, and 4 times beside one process.
 export GOMP_SPINCOUNT ?= 10000
 
 run: .venv/run.installed

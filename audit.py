@@ -76,11 +76,11 @@ def audit(config: Config, flags: Flags) -> Report:
     train.init_distributed(config)
     data, report = load_data(config.data_dir), Report()
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
+    paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    config = ckpt.with_network(config, paths[0], data)
     if data.n_vocab > config.vocab_size or data.seq_len > config.seq_len:
         raise UserError(f"{config.data_dir} has {data.n_vocab} token ids in sequences of"
                         f" {data.seq_len}: more than this model was made for.")
-    paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
-    config = ckpt.with_network(config, paths[0])
     chunks = choose_chunks(flags.chunks, chunk_numbers(data))
     schedule = data.schedule(config)
     visits, points = {visit.number: visit for visit in schedule}, []

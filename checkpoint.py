@@ -37,6 +37,7 @@ from tqdm import tqdm
 from configs import Config, ModelConfig, UserError, check
 from data import (
     MARK,
+    Data,
     begin_unfinished,
     is_unfinished,
     read_json,
@@ -228,35 +229,41 @@ def hugging_face_config(model: LLaMA, eos_id: int) -> dict[str, Any]:
 def read_network(directory: Path) -> ModelConfig:
     """The network that a directory's config.json describes; UserError if it is not one of ours."""
     said = read_json(directory / "config.json")
-    kind = said.get("model_type", "llama" if said else "")
-    if kind == "llama":
-        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        # What it does not say is LLaMA's default.
-        theirs = {name: said[name] for name in LLAMA_SETTINGS if said.get(name) is not None}
-        theirs |= {"rope_theta": float(rope["rope_theta"])} if "rope_theta" in rope else {}
-        if (rope_type, said.get("hidden_act", "silu")) != ("default", "silu"):
-            raise UserError(f"{directory} cannot be loaded: its config.json says rope_type"
-                            f" {rope_type!r} and hidden_act {said.get('hidden_act')!r}.")
-    elif kind == "crystalcoder" and "n_embd" in said:  # LLM360's own file, in GPT-2's names
-        theirs = from_crystal_config(said)
-    elif kind in ("crystalcoder", "amber-variant"):
-        theirs = {f.name: said[f.name] for f in fields(ModelConfig) if f.name in said}
-    else:
-        raise UserError(f"{directory} cannot be loaded: " + (
-            f"it is a model of type {kind!r}, and only 'llama' and 'crystalcoder' are known."
-            if said else "its config.json cannot be read."))
-    # JSON has one kind of number, and a stranger may have written any value at all.
+    try:
+        theirs = our_settings(directory, said)
+    except (TypeError, ValueError, AttributeError) as error:  # JSON can be anything
+        raise UserError(f"{directory} cannot be loaded: its config.json does not have the form of"
+                        f" one ({error}).")
     for f in fields(ModelConfig):
+        # JSON has one kind of number.
         if f.type is float and type(theirs.get(f.name)) is int:
             theirs[f.name] = float(theirs[f.name])
         if f.name in theirs and type(theirs[f.name]) is not f.type:
             raise UserError(f"{directory} cannot be loaded: {f.name} in its config.json is"
                             f" {theirs[f.name]!r}.")
-    network = ModelConfig(**theirs)
     if problems := check(Config(**theirs)):
         raise UserError(f"{directory} cannot be loaded: {' '.join(problems)}")
-    return network
+    return ModelConfig(**theirs)
+
+
+def our_settings(directory: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says, by our names; what it does not say has our default, LLaMA's."""
+    kind = said.get("model_type", "llama" if said else "")
+    if kind == "llama":
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if (rope_type, said.get("hidden_act", "silu")) != ("default", "silu"):
+            raise UserError(f"{directory} cannot be loaded: its config.json says rope_type"
+                            f" {rope_type!r} and hidden_act {said.get('hidden_act')!r}.")
+        theirs = {name: said[name] for name in LLAMA_SETTINGS if said.get(name) is not None}
+        return theirs | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
+    if kind == "crystalcoder" and "n_embd" in said:  # LLM360's own file, in GPT-2's names
+        return from_crystal_config(said)
+    if kind in ("crystalcoder", "amber-variant"):
+        return {f.name: said[f.name] for f in fields(ModelConfig) if f.name in said}
+    raise UserError(f"{directory} cannot be loaded: " + (
+        f"it is a model of type {kind!r}, and only 'llama' and 'crystalcoder' are known."
+        if said else "its config.json cannot be read."))
 
 
 def config_problems(c: ModelConfig, directory: Path) -> list[str]:
@@ -271,10 +278,20 @@ def config_problems(c: ModelConfig, directory: Path) -> list[str]:
     return problems
 
 
-def with_network(config: Config, path: Path) -> Config:
+def with_network(config: Config, path: Path, data: Data | None = None) -> Config:
     """A config with the network of a published directory, which says itself what it is; for a
-    checkpoint of ours the config as it is, which must fit it."""
-    return replace(config, **asdict(read_network(path))) if is_published(path) else config
+    checkpoint of ours the config as it is, which must fit it. UserError if the published model
+    shall read data that was made with another tokenizer than its own."""
+    if not is_published(path):
+        return config
+    if data and (path / "tokenizer.json").exists():
+        # A few kinds of text are enough: tokenizers that agree on all of these are the same.
+        text = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"
+        if list(open_tokenizer(path).encode(text)) != list(data.tokenizer.encode(text)):
+            raise UserError(f"{data.directory} was made with another tokenizer than {path} has: its"
+                            " ids mean nothing to these weights. (eval.py --text and --prompt need"
+                            " no data.)")
+    return replace(config, **asdict(read_network(path)))
 
 
 # LLM360/CrystalCoder has GPT-2's names, c_fc2 for the gate: so say the index of its weights and

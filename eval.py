@@ -37,14 +37,7 @@ import kernels
 from checkpoint import Evaluation
 from configs import Config, UserError, load, run_command
 from data import Data, load_data, sha256_file, sha256_json
-from model import (
-    KVCache,
-    LLaMA,
-    build_for_inference,
-    choose_kernels,
-    continue_text,
-    meta_model,
-)
+from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
 from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
 
 POLL_SECONDS = 10.0  # --watch: between two looks at the run
@@ -586,13 +579,12 @@ def published_scores(path: str, entries: list[dict[str, Any]]) -> dict[str, list
     return scores
 
 
-def report(config: Config, entries: list[dict[str, Any]], sample: str, argv: list[str]) -> str:
+def report(model: LLaMA, entries: list[dict[str, Any]], sample: str, argv: list[str]) -> str:
     """What a run came to, and what to type next."""
-    last, lines = entries[-1], []
+    config, last, lines = model.config, entries[-1], []
     # Published weights say neither at which step nor on how many tokens.
     at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
-    lines.append(("checkpoint", f"{last['checkpoint']}{at},"
-                                f" {meta_model(config).n_params:,} parameters"))
+    lines.append(("checkpoint", f"{last['checkpoint']}{at}, {model.n_params:,} parameters"))
     steps = [r for r in checkpoint.read_metrics(config.run_dir).values() if "loss" in r]
     losses = [step["loss"] for step in steps]
     if losses and at:
@@ -649,19 +641,10 @@ def run_has_ended(config: Config) -> bool:
     return done >= min(steps, config.max_steps or steps)
 
 
-def check_tokenizer(data: Data, path: Path) -> None:
-    """UserError if a published model has another tokenizer than the data that it shall read."""
-    theirs = open_tokenizer(path) if (path / "tokenizer.json").exists() else data.tokenizer
-    text = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"
-    if list(theirs.encode(text)) != list(data.tokenizer.encode(text)):
-        raise UserError(f"{data.directory} was made with another tokenizer than {path} has: its ids"
-                        " mean nothing to these weights. (--text and --prompt need no data.)")
-
-
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
     which = flags.checkpoints
-    named = Path(which.split(",")[0])
+    named = Path(which.split(",")[0])  # the first one, if they are paths
     config = checkpoint.with_network(config, named)
     if flags.stride > config.seq_len:
         raise UserError(f"--stride={flags.stride} is more than the window, {config.seq_len}"
@@ -679,11 +662,10 @@ def main(argv: list[str]) -> None:
     else:
         data = load_data(config.data_dir)
         tokenizer = data.tokenizer
+        checkpoint.with_network(config, named, data)  # refuses another tokenizer
         if data.n_vocab > config.vocab_size:
             raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
                             f" model of this config {config.vocab_size} (vocab_size).")
-        if checkpoint.is_published(named):
-            check_tokenizer(data, named)
         evaluations = list_evaluations(config, data, flags)
     model, file = build_for_inference(config), Path(config.run_dir, "eval.jsonl")
     while flags.watch and not run_has_ended(config):
@@ -705,7 +687,7 @@ def main(argv: list[str]) -> None:
     newest = [path for path in paths if path.name == entries[-1]["checkpoint"]][-1]
     checkpoint.load_weights(model, newest)
     sample = continue_text(model, tokenizer, config.sample_prompt, flags.tokens, flags.temperature)
-    print(report(config, entries, sample, argv))
+    print(report(model, entries, sample, argv))
 
 
 if __name__ == "__main__":

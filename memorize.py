@@ -443,7 +443,7 @@ def main(argv: list[str]) -> None:
     numbers = chunk_numbers(data)
     chunks = choose_chunks(flags.chunks, numbers)
     paths = select_checkpoints(config.run_dir, flags.checkpoints or "all")
-    config = with_network(config, paths[0])
+    config = with_network(config, paths[0], data)
     if not flags.checkpoints:
         paths = evenly(paths, 10)  # as many as in the paper
 

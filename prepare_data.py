@@ -156,11 +156,9 @@ def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator
     if name.endswith((".jsonl", ".ndjson")):
         texts = read_jsonl(path, on_bad_line, notes)
     elif name.endswith(".json"):
-        texts = read_records(path, json.load(open_input(path)), on_bad_line, notes)
+        texts = read_json(path, on_bad_line, notes)
     elif name.endswith((".csv", ".tsv")):
-        lines = io.TextIOWrapper(open_input(path), "utf-8-sig", "surrogateescape", newline="")
-        rows = csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ",")
-        texts = read_records(path, rows, on_bad_line, notes)
+        texts = read_table(path, "\t" if name.endswith(".tsv") else ",", on_bad_line, notes)
     elif name.endswith(".parquet"):
         texts = read_parquet(path, notes)
     else:
@@ -198,12 +196,28 @@ def read_jsonl(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str
             yield from text_of(path, number, record, on_bad_line, notes)
 
 
-def read_records(path: str, records: Any, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
-    """Every record of a JSON array or a table with a head is a document."""
-    if isinstance(records, dict):
-        raise ValueError("it is one JSON object: make it a list of objects, or a .jsonl")
+def read_json(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+    """Every object of a list is a document."""
+    with open_input(path) as f:
+        try:
+            records = json.loads(f.read().decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            records = None
+    # Folders of code have settings in such files: they are no text, and no reason to stop.
+    if not isinstance(records, list):
+        notes["JSON that is no list of objects"] += 1
+        return
     for number, record in enumerate(records, 1):
         yield from text_of(path, number, record, on_bad_line, notes)
+
+
+def read_table(path: str, delimiter: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+    """Every row below the head is a document."""
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than Python's 131,072 letters
+    with open_input(path) as f:
+        lines = io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline="")
+        for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
+            yield from text_of(path, number, row, on_bad_line, notes)
 
 
 def text_of(path: str, number: int, record: Any, on_bad_line: str,

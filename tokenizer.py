@@ -286,7 +286,7 @@ class HubTokenizer(Tokenizer):
         merges = [[spell(part) for part in (m.split(" ") if isinstance(m, str) else m)]
                   for m in model["merges"]]
         merged = dict.fromkeys(a + b for a, b in merges)
-        if len([*itertools.groupby(merges, sum_of)]) > len(merged):
+        if len([*itertools.groupby(merges, b"".join)]) > len(merged):
             raise ValueError("the ways to merge a piece do not follow each other")
         self.ranks = {piece: rank for rank, piece in enumerate(
             dict.fromkeys([*(bytes([b]) for b in range(256)), *merged]))}
@@ -353,10 +353,6 @@ def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
             regex.compile(pattern)
             return pattern
     raise ValueError(f"its pre_tokenizer ({', '.join(map(str, kinds))}) is not one of those known")
-
-
-def sum_of(parts: list[bytes]) -> bytes:
-    return b"".join(parts)
 
 
 def merge_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -93,6 +93,10 @@ class TrainState:
     def dir(self) -> Path:
         return Path(self.config.run_dir)
 
+    @functools.cached_property
+    def flops_per_token(self) -> int:
+        return self.model.flops_per_token(self.config.seq_len)
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole schedule, whatever max_steps says."""
@@ -339,7 +343,7 @@ def summary_line(record: dict[str, Any], last: int) -> str:
 
 def mfu(run: TrainState, tokens_per_s: float) -> float:
     """Model FLOPs utilization: the share of the devices' peak that the model's own FLOPs make."""
-    return round(tokens_per_s * run.model.flops_per_token(run.config.seq_len) / run.peak_flops, 4)
+    return round(tokens_per_s * run.flops_per_token / run.peak_flops, 4)
 
 
 def memory_gb(run: TrainState) -> float:
@@ -782,8 +786,8 @@ def main(argv: list[str]) -> None:
     backend = choose_kernels(config.kernels)
     micro_batches(config, world_size())  # refused before anything is built
     home = Path(config.run_dir)
-    # One process looks before all of them build: what it finds wrong ends all, in one sentence.
     check_memory(config)
+    # One process looks before all of them build: what it finds wrong ends all, in one sentence.
     on_rank_zero(lambda: data_for(config) and home.mkdir(parents=True, exist_ok=True))
     with contextlib.ExitStack() as held:
         # The lock first: a checkpoint that a running process is writing looks like a leftover.

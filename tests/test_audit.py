@@ -122,7 +122,8 @@ def test_published_directories_are_audited_by_their_weights(
     with pytest.raises(UserError, match="main is not called ckpt_NUMBER"):
         audit.main([*words[:2], f"--checkpoints={hub / 'main'}"])
     with pytest.raises(UserError, match="has 1024 token ids in sequences of 64: more than"):
-        audit.main([str(exam / "exam.py"), "--vocab_size=200", f"--run_dir={tmp_path / 'other'}"])
+        audit.main([str(exam / "exam.py"), "--vocab_size=200", f"--run_dir={tmp_path / 'other'}",
+                    f"--checkpoints={exam / 'run/ckpt_001'}"])
     audit.main([*words[:2], f"--checkpoints={hub / 'ckpt_001'}"])  # one alone
     assert "1 audited, nothing found" in capsys.readouterr().out
 

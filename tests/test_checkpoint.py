@@ -170,8 +170,18 @@ def test_a_run_opens_in_one_line(argv: list[str], saved: Path, tmp_path: Path,
     vocab = content["model"]["vocab"]
     vocab["t"], vocab["e"] = vocab["e"], vocab["t"]
     write_json(hub / "tokenizer.json", content)
-    with pytest.raises(UserError, match="was made with another tokenizer than .*hub has"):
-        evaluation.main([*argv, f"--run_dir={tmp_path / 'no_run'}", f"--checkpoints={hub}"])
+    hub = hub.rename(tmp_path / "ckpt_000")
+    where = [*argv, f"--run_dir={tmp_path / 'no_run'}", f"--checkpoints={hub}"]
+    for main, more in ((evaluation.main, []), (memorize.main, ["--k=6", "--l=8"]),
+                       (audit.main, [])):
+        with pytest.raises(UserError, match="was made with another tokenizer than .*ckpt_000 has"):
+            main([*where, *more])
+    for junk in ({"rope_scaling": "x"}, {"rope_parameters": {"rope_theta": "x"}},
+                 {"model_type": "crystalcoder", "n_embd": "x", "mup_width_scale": []},
+                 {"hidden_size": None, "num_attention_heads": 7}, {"vocab_size": 0}):
+        write_json(hub / "config.json", junk)
+        with pytest.raises(UserError, match="cannot be loaded"):
+            ckpt.load_run(hub)
     with pytest.raises(UserError, match="its config.json cannot be read"):
         ckpt.load_run(tmp_path / "no_run")
 

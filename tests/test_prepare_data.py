@@ -524,6 +524,7 @@ def test_bad_lines_of_json(tmp_path: Path) -> None:
 
 def test_arrays_of_json_and_tables_are_read_and_other_fields_named(tmp_path: Path) -> None:
     texts = [words(i, 40) + f'\n"quoted, {i}"' for i in range(30)]
+    texts[3] *= 900  # more letters than Python's csv module takes by itself
     jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
@@ -539,8 +540,16 @@ def test_arrays_of_json_and_tables_are_read_and_other_fields_named(tmp_path: Pat
     jsonl(tmp_path / "b.jsonl", texts, key="body")
     assert 'its longest is "body": call that one "text"' in refused(
         tmp_path, sources={"a": str(tmp_path / "b.jsonl")})
-    (tmp_path / "c.json").write_text('{"text": "one"}')
-    assert "it is one JSON object" in refused(tmp_path, sources={"a": str(tmp_path / "c.json")})
+    # A settings file is no text: alone it is refused, and among code it is passed over.
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/package.json").write_text('{"text": "one"}')
+    (tmp_path / "code/tsconfig.json").write_text("{ // a comment")
+    assert "1 x JSON that is no list of objects, in" in refused(
+        tmp_path, sources={"a": str(tmp_path / "code/package.json")})
+    (tmp_path / "code/a.py").write_text(words(1, 900))
+    data = prepare(tmp_path, sources={"a": str(tmp_path / "code")},
+                   data_dir=str(tmp_path / "of_code"))
+    assert data.manifest["dropped"] == {"JSON that is no list of objects": 2}
     skipped = refused(tmp_path, sources={"a": str(tmp_path / "b.jsonl")}, on_bad_line="skip")
     assert "has no documents: 30 x no string" in skipped and "b.jsonl" in skipped
 

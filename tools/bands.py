@@ -3,8 +3,8 @@
     python tools/bands.py configs/amber_tiny.py               # as `make` does at its end
     python tools/bands.py configs/amber_tiny.py --seeds=10    # train ten seeds, and make the bands
 
-The bands are in docs/bands.json, for the data whose sha256 stands beside them. They hold for any
-machine: float32 or bfloat16, one thread or many move a figure by less than another seed does.
+The bands are in docs/bands.json, for the data whose sha256 stands beside them. On the machine that
+made them, float32 instead of bfloat16 moves a figure by less than another seed does.
 """
 
 import math

@@ -19,7 +19,7 @@ from data import writing
 Points = list[tuple[float, float]]  # (tokens or FLOPs, value)
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #8882; --link: light-dark(#0b5, #5d9); }
+:root { color-scheme: light dark; --line: #8884; --faint: #8882; }
 body { font: 16px/1.5 Georgia, serif; max-width: 72rem; margin: 0 auto; padding: 1rem;
        background: light-dark(#fff, #16181c); color: light-dark(#222, #ddd); }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .3rem; }
