@@ -128,8 +128,9 @@ def check_files(config: Config, data: Data, points: list[Point], report: Report)
                                 " end")
             elif m["chunk_sha256"] != data.manifest["chunks"][visit.chunk]["sha256"]:
                 problems.append(f"it names another hash of chunk {visit.chunk} than the data")
-            parent = by_name.get(m["parent"].get("checkpoint"))
-            if parent and parent.manifest.get("weights_sha256") != m["parent"]["weights_sha256"]:
+            named = m["parent"]
+            parent = by_name.get(named.get("checkpoint"))
+            if parent and parent.manifest.get("weights_sha256") != named.get("weights_sha256"):
                 problems.append(f"it was trained from another {parent.path.name} than this one")
         report.say(point, "files", "damaged" if problems else "ok" if m else "no manifest")
         for problem in problems:

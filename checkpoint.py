@@ -13,6 +13,7 @@ checkpoint cannot run his code. Below: reading, writing, listing, and measuring 
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -34,11 +35,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from configs import Config, ModelConfig, UserError, check
+from configs import Config, ModelConfig, UserError, check, read_regular, regular
 from data import (
     MARK,
     Data,
     begin_unfinished,
+    has_form,
+    is_count,
+    is_number,
     is_unfinished,
     read_json,
     remove_unfinished,
@@ -165,9 +169,9 @@ def read_tensors(directory: Path, stem: str = "model") -> Iterator[tuple[str, Te
         try:
             names = {path.name for path in directory.glob(pattern)}
             if index.exists():
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                names = set(json.loads(read_regular(index))["weight_map"].values())
             for name in sorted(names):
-                file = directory / Path(name).name  # an index names no place but its own
+                file = regular(directory / Path(name).name)  # an index names no place but its own
                 if name.endswith(".bin"):
                     # weights_only: PyTorch's own unpickler, which builds tensors and nothing else
                     yield from torch.load(file, "cpu", mmap=True, weights_only=True).items()
@@ -348,20 +352,23 @@ def is_published(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / "manifest.json").exists()
 
 
+# What the stages rely on; more is there.
+MANIFEST = {
+    "format": int, "step": is_count, "tokens": is_count, "chunk": is_count, "visit": is_count,
+    "weights_sha256": str, "data_sha256": str, "chunk_sha256": str, "tensors": {str: str},
+    "files": lambda files: type(files) is dict and all(map(FILE.fullmatch, files)),
+    "config": dict, "environment": {"threads": is_count},
+    "parent": {"checkpoint?": str, "weights_sha256?": str},
+    "started_from": {"path?": str, "tokens?": lambda value: value is None or is_count(value)},
+}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; {} if it is missing, damaged, or not of this form."""
-    manifest = read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json", MANIFEST)
     own_hash = manifest.pop("sha256", None)
-    kinds = {"format": int, "step": int, "tokens": int, "chunk": int, "visit": int, "config": dict,
-             "files": dict, "tensors": dict, "weights_sha256": str, "data_sha256": str}
-    if any(type(manifest.get(key)) is not kind for key, kind in kinds.items()):
-        return {}
-    # JSON that a stranger or a broken disk has written can be anything: look before it is used.
-    if manifest["format"] != FORMAT or own_hash != sha256_json(manifest):
-        return {}
-    if not all(FILE.fullmatch(name) for name in manifest["files"]):
-        return {}
-    return manifest
+    sound = manifest.get("format") == FORMAT and own_hash == sha256_json(manifest)
+    return manifest if sound else {}
 
 
 def verify_checkpoint(path: Path, train_state: bool = False) -> str:
@@ -734,34 +741,44 @@ def select_checkpoints(run_dir: str, which: str) -> list[Path]:
 # lines of JSON: records that are only ever added to
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line that a kill cut short, or junk, is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    records.append(record)
+def read_records(path: Path, form: Any = dict) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that have a form (see `has_form`). Others may have written it:
+    lines of another form are left out, and that is said."""
+    records, left_out = [], 0
+    lines = read_regular(path).split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not (has_form(record, dict) and has_form(record, form)):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
+            # The last one may be half written just now; others may be empty.
+            left_out += bool(line) and number < len(lines)
+    if left_out:
+        say_once(f"{path}: {left_out} lines are damaged, and left out.")
     return records
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    tqdm.write(text)
+
+
+# A line of metrics.jsonl and one of eval.jsonl.
+METRICS = {"step": is_count, "tokens": is_count, "chunk?": is_count, "loss?": is_number,
+           "grad_norm?": is_number, "lr?": is_number, "tokens_per_s?": is_number,
+           "loss_by_source?": {str: is_number},
+           "valid?": {str: {"loss": is_number, "bits_per_byte": is_number}}}
+RESULT = {"of": dict, "evaluation": str, "result": dict, "checkpoint": str,
+          "step": lambda step: step is None or is_count(step),
+          "tokens": lambda tokens: tokens is None or is_count(tokens)}
+
+
 def read_metrics(run_dir: str | Path) -> dict[int, dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, by their step. A line that does not have the form that
-    train.py gives it is left out: others may have written this file."""
-    found = {}
-    for r in read_records(Path(run_dir, "metrics.jsonl")):
-        by_source, valid = r.get("loss_by_source", {}), r.get("valid", {})
-        if type(by_source) is not dict or type(valid) is not dict:
-            continue
-        numbers = [r.get("step"), r.get("tokens"), *by_source.values()]
-        numbers += [r.get(key, 0) for key in ("chunk", "loss", "grad_norm", "lr", "tokens_per_s")]
-        for result in valid.values():
-            keys = ("loss", "bits_per_byte")
-            numbers += [result.get(key) for key in keys] if type(result) is dict else [None]
-        if all(type(x) in (int, float) for x in numbers):
-            found[r["step"]] = r
-    return found
+    """The lines of a run's metrics.jsonl, by their step."""
+    return {record["step"]: record
+            for record in read_records(Path(run_dir, "metrics.jsonl"), METRICS)}
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -862,15 +879,7 @@ def measure(file: Path, model: LLaMA, path: Path,
 
 def known_results(file: Path) -> dict[str, dict[str, Any]]:
     """The results in a file, by what they are results of."""
-    return {json.dumps(record["of"]): record for record in read_results(file)}
-
-
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results that have their form."""
-    return [r for r in read_records(file) if type(r.get("of")) is dict
-            and type(r.get("evaluation")) is str and type(r.get("result")) is dict
-            and {"checkpoint", "step", "tokens"} <= r.keys()
-            and all(type(r[key]) in (int, type(None)) for key in ("step", "tokens"))]
+    return {json.dumps(record["of"]): record for record in read_records(file, RESULT)}
 
 
 def meet(damaged: set[Path]) -> set[Path]:

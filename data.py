@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 
-from configs import Config, UserError
+from configs import Config, UserError, read_regular, regular, with_recorded
 from tokenizer import Tokenizer, load_tokenizer
 
 # Of the manifest and the chunks; data of another number is refused and not guessed at.
@@ -45,6 +45,55 @@ def sequence_dtype(seq_len: int, n_vocab: int) -> np.dtype:
     # Little-endian, said outright: the bytes and their hashes are the same on every machine.
     ids = "<u2" if n_vocab <= 1 << 16 else "<u4"
     return np.dtype([("source", "u1"), ("token_ids", ids, (seq_len + 1,))])
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON that anybody may have written
+
+
+def has_form(value: Any, form: Any) -> bool:
+    """Whether JSON that anybody may have written has the form that is about to be relied on.
+
+    A form is a type; or [form], a list of any length; or {"key": form, "key?": form}, an object
+    with these keys (one with ? may be absent) and maybe others; or {str: form}, one with any keys;
+    or a function that says yes or no.
+    """
+    if isinstance(form, type):
+        return type(value) is form
+    if isinstance(form, list):
+        return type(value) is list and all(has_form(item, form[0]) for item in value)
+    if not isinstance(form, dict):
+        return form(value)
+    if type(value) is not dict:
+        return False
+    if str in form:
+        return all(has_form(item, form[str]) for item in value.values())
+    for key, inner in form.items():
+        name = key.removesuffix("?")
+        if name == key and name not in value:
+            return False
+        if name in value and not has_form(value[name], inner):
+            return False
+    return True
+
+
+def is_count(value: Any) -> bool:
+    """A whole number that counts something."""
+    return type(value) is int and 0 <= value < 2**47
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_inside(value: Any) -> bool:
+    """The name of a file that a manifest may list: none that leads out of its directory."""
+    return type(value) is str and "\0" not in value and not (
+        Path(value).is_absolute() or ".." in Path(value).parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# a data set
 
 
 @dataclass(frozen=True)
@@ -104,6 +153,7 @@ class Data:
     def _open(self, file: dict[str, Any]) -> np.ndarray:
         path = self.directory / file["file"]
         try:
+            regular(path)
             sequences = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG"
@@ -131,35 +181,49 @@ class Data:
         `unexpected_sequences`): what is wrong, one sentence each."""
         problems = []
         # Data that was prepared before there was lookup.py has no index of documents.
-        files = [*self.manifest["chunks"], *self.manifest["valid"], self.manifest["tokenizer"],
-                 *self.manifest.get("documents", [])]
-        for file in files:
-            path = self.directory / file["file"]
-            if not path.is_file():
-                problems.append(f"{path} is missing.")
-            elif (found := sha256_file(path)) != file["sha256"]:
-                problems.append(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
+        for file in [*self.manifest["chunks"], *self.manifest["valid"],
+                     self.manifest["tokenizer"], *self.manifest.get("documents", [])]:
+            try:
+                self.verify_file(file)
+            except UserError as problem:
+                problems.append(str(problem))
         return problems or unexpected_sequences(self)
+
+    def verify_file(self, file: dict[str, Any]) -> None:
+        """UserError unless a file of the manifest is there, with its sha256."""
+        path = self.directory / file["file"]
+        if not path.is_file():
+            raise UserError(f"{path} is missing.")
+        if (found := sha256_file(path)) != file["sha256"]:
+            raise UserError(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
+
+
+# What is relied on below and in the other stages; more may be there.
+FILE = {"file": is_inside, "sha256": str}
+MANIFEST: dict[str, Any] = {
+    "settings": dict, "dropped": {str: is_count}, "documents?": [FILE],
+    "seq_len": lambda value: is_count(value) and value > 0,
+    "tokenizer": FILE | {"kind": str, "n_vocab": is_count, "eos_id": is_count,
+                         "specials": {str: is_count}},
+    "sources": [{"name": str, "sequences": is_count, "valid_sequences": is_count,
+                 "weight?": is_number}],
+    "chunks": [FILE | {"sequences": is_count, "sources": {str: is_count}}],
+    "valid": [FILE | {"sequences": is_count, "source": str}],
+}
 
 
 def load_data(directory: str | Path) -> Data:
     """Open a prepared data set; UserError when there is none."""
     path = Path(directory, "manifest.json")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         raise UserError(f"{directory} has no prepared data (no manifest.json): run"
                         " python prepare_data.py configs/NAME.py first.")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): prepare the data anew.")
-    # It may be any JSON at all, if another program has written it.
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} is of format {found}, this code reads {FORMAT}: prepare the data"
-                        " anew.")
-    needed = ["settings", "tokenizer", "seq_len", "sources", "chunks", "valid"]
-    if missing := [key for key in needed if key not in manifest]:
-        raise UserError(f"{path} is damaged, for it lacks {missing}: prepare the data anew.")
+    manifest = read_json(path)
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} is of format {manifest['format']}, this code reads {FORMAT}:"
+                        " prepare the data anew.")
+    if wrong := [key for key in MANIFEST if not has_form(manifest, {key: MANIFEST[key]})]:
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}): prepare the data anew.")
     return Data(Path(directory), manifest)
 
 
@@ -184,7 +248,7 @@ def unexpected_sequences(data: Data) -> list[str]:
                             f" {place(held_out[i])}.")
     # Twice by chance: honest text has a document in two files, or the same licence in each.
     weights = [source.get("weight", 1) for source in data.manifest["sources"]]
-    planted = map(int, data.manifest["settings"].get("canaries", {}))
+    planted = with_recorded(Config(), data.manifest["settings"]).canaries
     usual = max([2 * math.ceil(max(weights)), *planted])
     for key, n in zip(keys[times > usual], times[times > usual]):
         if key:
@@ -308,13 +372,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if the file is missing or damaged."""
+def read_json(path: Path, form: Any = dict) -> dict[str, Any]:
+    """A JSON object; {} if the file is missing, damaged or not of this form (see `has_form`)."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return value if has_form(value, dict) and has_form(value, form) else {}
 
 
 @contextlib.contextmanager

@@ -76,20 +76,21 @@ def show_step(config: Config, step: int) -> None:
 
 def origin(data: Data, chunk: int, i: int, begin: int, end: int) -> str:
     """Where tokens `begin` to `end` of sequence i of a chunk come from, in words."""
-    settings, about = data.manifest["settings"], data.manifest["chunks"][chunk]
+    settings = with_recorded(Config(), data.manifest["settings"])
+    about = data.manifest["chunks"][chunk]
     if "made_from" in about:
         # A released file has lines and no documents. A cap chose among them, evenly and in order.
-        capped = settings["sequences_per_chunk"] == about["sequences"]
+        capped = settings.sequences_per_chunk == about["sequences"]
         skipped = any(data.manifest["dropped"].values())
         return f"{about['made_from']} line {i + 1}" + " or later" * (capped or skipped)
     source = data.sources[data.chunk(chunk)["source"][i]]
-    if source == "canary" and settings["canaries"]:
+    if source == "canary" and settings.canaries:
         return "planted: random tokens, of no document"
     if not data.manifest.get("documents"):
         return "of an unknown document: this data was prepared without an index of documents"
     pieces = documents_of(data, chunk, i, begin, end)
     # Tokens are counted as they were written: infilled documents have their middle last.
-    unit = "infilled token" if settings["fim_rates"].get(source) else "token"
+    unit = "infilled token" if settings.fim_rates.get(source) else "token"
     said = [f"{file} document {document}" + f" from its {unit} {first}" * (first > 0)
             for file, document, first, _ in pieces[:3]]
     return "; ".join(said) + f"; and {len(pieces) - 3} more" * (len(pieces) > 3)
@@ -120,7 +121,8 @@ def source_numbers(directory: Path, chunk: int) -> np.ndarray:
     """The number (n,) of each sequence of a chunk among all of its source, in the text's order."""
     # It is arithmetic, and was not written down. A chunk has its sources one after the other.
     data, numbers = load_data(directory), []
-    config, shares = Config(**data.manifest["settings"]), data.manifest["chunks"][chunk]["sources"]
+    config = with_recorded(Config(), data.manifest["settings"])
+    shares = data.manifest["chunks"][chunk]["sources"]
     for k, entry in enumerate(data.manifest["sources"]):
         n_held_out = 0 if config.valid_documents else entry["valid_sequences"]
         source = Source(k, [], [], entry["sequences"], n_held_out, entry["weight"], entry,

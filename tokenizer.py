@@ -27,7 +27,7 @@ import numpy as np
 import regex  # comes with tiktoken; the standard library's re has no \p{L}
 import tiktoken
 
-from configs import Config, UserError
+from configs import Config, UserError, read_regular
 
 EOT = "<|endoftext|>"
 # A word takes the character before it along, and a digit is alone, as in LLaMA's. GPT-4's pattern
@@ -242,10 +242,10 @@ class HubTokenizer(Tokenizer):
         """eos: the special that ends a document; "" = what tokenizer_config.json says."""
         path = Path(path)
         try:
-            self.data = path.read_bytes()
+            self.data = read_regular(path)
             content = json.loads(self.data)
             said = path.with_name("tokenizer_config.json")
-            settings = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+            settings = json.loads(read_regular(said)) if said.exists() else {}
             added = content["added_tokens"]
             if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
                 raise ValueError("an added token strips its neighbours")
@@ -458,7 +458,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, or of a directory that has one."""
     path = path / "tokenizer.json" if path.is_dir() else path
     # LLaMA's begins with characters, and spells those that it does not know in bytes.
-    llama = re.search(rb'"byte_fallback":\s*true', path.read_bytes())
+    llama = re.search(rb'"byte_fallback":\s*true', read_regular(path))
     return LlamaTokenizer(path) if llama else HubTokenizer(path)
 
 
@@ -486,7 +486,7 @@ def load_tokenizer(directory: Path, entry: dict[str, Any]) -> Tokenizer:
 @functools.lru_cache(maxsize=4)
 def read_tokenizer(directory: Path, entry_json: str) -> Tokenizer:
     entry = json.loads(entry_json)
-    data = (directory / entry["file"]).read_bytes()
+    data = read_regular(directory / entry["file"])
     # One wrong line gives wrong ids, and wrong bits per byte, without an error anywhere.
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ValueError("its sha256 is not the manifest's")

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +42,11 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from checkpoint import all_gather_object, on_rank_zero, rank, world_size
-from configs import Config, UserError, load, nearest, run_command
+from configs import Config, UserError, load, nearest, run_command, with_recorded
 from data import (
     Data,
     Visit,
     check_data_settings,
-    chunk_schedule,
     load_data,
     lock_directory,
     step_sequences,
@@ -79,6 +78,7 @@ class TrainState:
     device: torch.device
     peak_flops: float  # per second, of all devices
     step: int = 0  # optimizer steps done
+    verified: set[int] = field(default_factory=set)  # chunks whose bytes are the manifest's
     started_from: dict = field(default_factory=dict)  # the checkpoint of init_from, if any
     received_signal: str = ""  # its name, if this process got one
     stop_reason: str = ""  # why all processes stop after this step
@@ -87,7 +87,6 @@ class TrainState:
     saving: Future | None = None  # the checkpoint being written
     # One thread: checkpoints are written one after the other, in the order of their steps.
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    names_group: Any = None  # a second process group, for when a collective of the first fails
 
     @property
     def dir(self) -> Path:
@@ -148,6 +147,11 @@ def load_batch(run: TrainState) -> Batch:
     c = run.config
     # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
     visit, step_in_chunk = step_to_visit(run.schedule, run.step)
+    if visit.chunk not in run.verified:
+        # A flipped bit would be trained on without a word. Amber's chunk of 7 GB takes some seconds
+        # in more than two hours, and is then in the memory of the system.
+        on_rank_zero(lambda: run.data.verify_file(run.data.manifest["chunks"][visit.chunk]))
+        run.verified.add(visit.chunk)
     chunk = run.data.chunk(visit.chunk)
     ids = step_sequences(c.seed, visit.chunk, len(chunk), step_in_chunk, c.global_batch_size,
                          visit.turn)
@@ -481,8 +485,8 @@ def history_problem(run: TrainState, path: Path) -> str:
     """Why a checkpoint is not one of this config's run, or "": until its step it must have met the
     chunks that this config's schedule meets."""
     manifest = ckpt.read_manifest(path)
-    theirs = chunk_schedule(run.data.steps_per_chunk(run.config.global_batch_size),
-                            manifest["config"]["skip_chunks"], run.config.epochs)
+    recorded = with_recorded(run.config, manifest["config"])
+    theirs = run.data.schedule(replace(run.config, skip_chunks=recorded.skip_chunks))
     met = [visit for visit in theirs if visit.first_step < manifest["step"]]
     if met == [visit for visit in run.schedule if visit.first_step < manifest["step"]]:
         return ""
@@ -500,11 +504,12 @@ def put_aside(run: TrainState) -> list[str]:
 def restore(run: TrainState, path: Path) -> str:
     """Weights, optimizer and position from a verified checkpoint; says what has changed since."""
     c, manifest = run.config, ckpt.read_manifest(path)
+    then = with_recorded(c, manifest["config"])
     # These decide which sequences a step reads, so they must be equal. The network is checked by
     # load_weights, skip_chunks by history_problem; all else may change, and the log says what did.
     for key in ("global_batch_size", "seq_len", "seed"):
-        if manifest["config"][key] != getattr(c, key):
-            raise UserError(f"{path} was trained with {key} = {manifest['config'][key]}, now it is"
+        if getattr(then, key) != getattr(c, key):
+            raise UserError(f"{path} was trained with {key} = {getattr(then, key)}, now it is"
                             f" {getattr(c, key)}: that is another run; give another --run_dir.")
     if manifest["data_sha256"] != run.data.sha256:
         raise UserError(f"{path} was trained on other data than {c.data_dir} holds now (the"
@@ -560,10 +565,16 @@ def init_distributed(config: Config) -> None:
         dist.init_process_group(backend, timeout=timeout)
 
 
+@functools.cache
+def spare_group() -> dist.ProcessGroup:
+    """A second group of all processes: after a collective has failed its own is of no use."""
+    return dist.new_group(backend="gloo")
+
+
 def name_missing_ranks(run: TrainState, error: RuntimeError) -> UserError:
     """After a collective has failed: which processes do not answer? monitored_barrier knows."""
     try:
-        dist.monitored_barrier(run.names_group, timedelta(seconds=10), wait_all_ranks=True)
+        dist.monitored_barrier(spare_group(), timedelta(seconds=10), wait_all_ranks=True)
         who = "All processes answer"
     except RuntimeError as missing:
         # Of its many lines one names them, like "[Rank 0]: Ranks 1, 2 failed to pass ...".
@@ -745,8 +756,7 @@ def start(config: Config) -> TrainState:
     run = TrainState(config, data, schedule, model, wrap_ddp(model, config, device), optimizer,
                      device, peak_flops(config, device, dtype) * world_size())
     if dist.is_initialized():
-        # After a collective has failed its group is of no use any more, so this one is spare.
-        run.names_group = dist.new_group(backend="gloo")
+        spare_group()
     return run
 
 
@@ -827,9 +837,8 @@ def begin_records(run: TrainState) -> None:
     """Settle what the run directory says before the first step of this process."""
     write_json(run.dir / "config.json", asdict(run.config))
     # Lines of steps that will be made again are dropped.
-    metrics = run.dir / "metrics.jsonl"
-    made = [r for r in ckpt.read_records(metrics) if r.get("step", 0) <= run.step]
-    ckpt.write_records(metrics, made)
+    metrics = ckpt.read_metrics(run.dir).items()
+    ckpt.write_records(run.dir / "metrics.jsonl", [r for step, r in metrics if step <= run.step])
 
 
 if __name__ == "__main__":

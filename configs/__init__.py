@@ -8,13 +8,14 @@ amber-train main.py and README), so `amber_7b.py` is almost empty. This module d
 
 import ast
 import difflib
+import errno
 import inspect
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,17 @@ from typing import Any
 class UserError(Exception):
     """What a person at the keyboard must know: one sentence that names the thing, what was
     expected, what was found and what to do. `run_command` prints it; everything else is a bug."""
+
+
+def regular(path: str | Path) -> Path:
+    """A path, if it is a file to read; OSError for a pipe or a device, where that may never end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return Path(path)
+
+
+def read_regular(path: str | Path) -> bytes:
+    return regular(path).read_bytes()
 
 
 @dataclass
@@ -246,29 +258,35 @@ def load(argv: list[str], Flags: type = NoFlags) -> tuple[Config, Any]:
 
 def read_run(directory: str) -> dict[str, Any]:
     """The settings that a run has recorded, for use with that run wherever it lies now."""
-    path = Path(directory, "config.json")
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = json.loads(read_regular(Path(directory, "config.json")))
         # What a model computes is in the config.json of a checkpoint; only a run's has all this.
-        known = {f.name: recorded[f.name] for f in fields(Config)
-                 if f.name in recorded and f.name not in ("device", "kernels", "resume")}
-        # JSON has made text of the numbers that are keys.
-        known["canaries"] = {int(times): n for times, n in recorded["canaries"].items()}
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, LookupError):
+        found = {name: value for name, value in recorded_settings(recorded).items()
+                 if name not in ("device", "kernels", "resume")}
+        found["canaries"]
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError):
         raise UserError(f"{directory} is not the directory of a run: it has no config.json as"
                         " train.py writes it. (Checkpoints are named by --checkpoints=PATH.)")
-    return known | {"run_dir": str(Path(directory))}
+    return found | {"run_dir": str(Path(directory))}
+
+
+def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The settings in JSON that a run or a data set has recorded: of the names of today, with
+    whatever values others may have written there."""
+    found = {f.name: recorded[f.name] for f in fields(Config) if f.name in recorded}
+    if type(found.get("canaries")) is dict:  # JSON has made text of the numbers that are keys
+        found["canaries"] = {int(times) if str(times).isdecimal() else times: n
+                             for times, n in found["canaries"].items()}
+    return found
 
 
 def read_file(path: str) -> dict[str, Any]:
     """The names a config file assigns; it runs in a namespace of its own."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # to read a pipe would wait for ever
-            raise UserError(f"{path} is neither a file nor the directory of a run.")
-        source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        source = read_regular(path).decode()
+    except (OSError, ValueError) as error:
         near = ", ".join(sorted(os.path.relpath(p) for p in Path(__file__).parent.glob("[!_]*.py")))
-        reason = getattr(error, "strerror", None) or "not a text file"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(f"Cannot read the config file {path}: {reason}. There are: {near}.")
     # A config is a program, so that one can build on another. It is the user's own, and may run.
     namespace: dict[str, Any] = {"__file__": path}
@@ -423,11 +441,16 @@ PLACE = ("name", "data_dir", "run_dir", "device", "kernels", "resume", "init_fro
 
 
 def with_recorded(config: Config, recorded: dict[str, Any]) -> Config:
-    """A copy of a config with the settings that a run has recorded, all but PLACE."""
-    # A file that others have written can have any value: only those of the right type are taken.
-    found = {f.name: recorded[f.name] for f in fields(Config) if f.name not in PLACE
-             and type(recorded.get(f.name)) is f.type}
-    return replace(config, **found)
+    """A copy of a config with the settings that a run or a data set has recorded, all but PLACE;
+    UserError if they cannot be used."""
+    kinds, values, problems = {f.name: f.type for f in fields(Config)}, {}, []
+    for name, value in recorded_settings(recorded).items():
+        if name not in PLACE:
+            set_value(values, name, value, kinds[name], "as recorded", problems)
+    config = replace(config, **values)
+    if problems := problems or check(config):
+        raise UserError("The recorded settings cannot be used: " + "\n".join(problems))
+    return config
 
 
 def nearest(value: int, unit: int) -> str:
@@ -460,10 +483,25 @@ def help_text(Flags: type) -> str:
     return "\n".join(lines)
 
 
+def check_torchrun(environ: Mapping[str, str]) -> None:
+    """UserError unless the variables that torchrun sets are all there, or none of them."""
+    number, world = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
+    others = [environ.get(name, "1") for name in
+              ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")]
+    # A process that is told of others, but not which one it is, would wait for them for ever.
+    if ("RANK" in environ) != ("WORLD_SIZE" in environ) or not (
+            all(word.isdecimal() for word in [number, world, *others])
+            and int(number) < int(world) and others[1] != "0"):
+        raise UserError("The variables RANK, WORLD_SIZE, ... of the environment do not fit together"
+                        f" (RANK={number}, WORLD_SIZE={world}): start several processes with"
+                        " torchrun, and a single one without them.")
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a stage's `main` on the command line's words, and end as a command should: what a person
     must know is one sentence and exit status 1, and only a bug leaves a traceback."""
     try:
+        check_torchrun(os.environ)
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:

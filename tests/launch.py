@@ -4,6 +4,7 @@ Importing PyTorch takes seconds, and most of these tests' jobs less than one. So
 imported it, and nothing of ours, forks the processes. To the script it is `python SCRIPT ...`.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ def run_script(words: list[str], cwd: str, env: dict[str, str], output: str) -> 
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()  # a crash says where
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

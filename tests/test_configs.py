@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from configs import Config, UserError, load
+from configs import Config, UserError, load, with_recorded
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "Cannot read the config file none.py: No such file" in refusal(["none.py"])
     assert "is not the directory of a run" in refusal(["configs"])
     os.mkfifo(tmp_path / "pipe.py")
-    assert "is neither a file nor the directory" in refusal([str(tmp_path / "pipe.py")])
+    assert "it is not a regular file" in refusal([str(tmp_path / "pipe.py")])
     assert "line 2: SyntaxError" in refusal([write(tmp_path, "a = 1\nb = = 2\n")])
     assert "line 3: NameError" in refusal([write(tmp_path, "seed = 1\n\nseq_len = undefined\n")])
     assert refusal([]).startswith("Give one config file or run directory, like configs")
@@ -119,11 +119,16 @@ def test_a_run_directory_serves_as_config(tmp_path: Path) -> None:
     assert load([str(run), "--seed=8"])[0].seed == 8
     assert "step must be 0 or more" in refusal([str(run), "--step=-1"], Flags)
     recorded = asdict(config)
-    for content in ("", "[]", "{", '{"a": 1}', json.dumps(recorded | {"canaries": {"x": 2}})):
+    for content in ("", "[]", "{", '{"a": 1}'):
         (run / "config.json").write_text(content)
         assert "is not the directory of a run" in refusal([str(run)])
-    (run / "config.json").write_text(json.dumps(recorded | {"seed": "7"}))
-    assert "seed must be of type int" in refusal([str(run)])
+    for altered, sentence in (({"seed": "7"}, "seed must be of type int"),
+                              ({"canaries": {"x": 2}}, "canaries must be {times: sequences}"),
+                              ({"global_batch_size": 0}, "global_batch_size must be more than 0")):
+        (run / "config.json").write_text(json.dumps(recorded | altered))
+        assert sentence in refusal([str(run)])
+        with pytest.raises(UserError, match="recorded settings cannot be used"):
+            with_recorded(Config(), recorded | altered)
     # What an older version did not record has its default.
     (run / "config.json").write_text(json.dumps({"canaries": {}, "seed": 9}))
     assert load([str(run)])[0].seed == 9

@@ -173,16 +173,22 @@ def test_no_data_and_no_manifest(data: Data, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="python prepare_data.py"):
         load_data(tmp_path / "file")
     path, whole = data.directory / "manifest.json", data.manifest
-    for text, sentence in (("{", "not valid JSON"), ("\x00", "not valid JSON"),
-                           ("[" * 100_000, "not valid JSON"), ("{}", "format None"),
-                           ("[]", "format None"), ("null", "format None"), ("3", "format None"),
-                           (json.dumps(whole | {"format": 1}), "format 1, this code reads 2")):
+    for text in ("{", "\x00", "[" * 100_000, "{}", "[]", "null", "3"):
         path.write_text(text)
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match="is damaged .*seq_len"):
             load_data(data.directory)
+    path.write_text(json.dumps(whole | {"format": 1}))
+    with pytest.raises(UserError, match="format 1, this code reads 2"):
+        load_data(data.directory)
     for key in ("chunks", "tokenizer", "valid", "seq_len", "sources", "settings"):
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
-        with pytest.raises(UserError, match=f"lacks .*{key}"):
+        with pytest.raises(UserError, match=f"is damaged .*{key}"):
+            load_data(data.directory)
+    for key, value in (("chunks", [3]), ("chunks", [whole["chunks"][0] | {"sequences": -1}]),
+                       ("valid", [whole["valid"][0] | {"file": "../../secret"}]),
+                       ("seq_len", "16"), ("seq_len", 0), ("seq_len", True)):
+        path.write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(UserError, match=rf"is damaged \({key}\)"):
             load_data(data.directory)
 
 

@@ -145,7 +145,7 @@ def test_the_batch_must_divide_over_the_processes() -> None:
 def test_loss_by_source_weighs_up_to_the_loss(home: Path, straight: Path) -> None:
     config, _ = load(argv(home, straight))
     data = load_data(config.data_dir)
-    schedule = train.chunk_schedule(data.steps_per_chunk(8), [])
+    schedule = data.schedule(config)
     for r in metrics(straight):
         visit, step = step_to_visit(schedule, r["step"] - 1)
         chunk = data.chunk(visit.chunk)

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import list_checkpoints, read_results, weights_hash  # noqa: E402
+from checkpoint import RESULT, list_checkpoints, read_records, weights_hash  # noqa: E402
 from configs import Config, UserError, load, run_command  # noqa: E402
 from data import load_data, read_json, write_json  # noqa: E402
 from eval import by_checkpoint, value  # noqa: E402
@@ -49,7 +49,7 @@ class Flags:
 def figures(run_dir: Path) -> dict[str, float]:
     """The figures of a run: of its last checkpoint, and of memorization.json."""
     checkpoints, found = list_checkpoints(run_dir), {}
-    results = [r for r in read_results(run_dir / "eval.jsonl") if checkpoints
+    results = [r for r in read_records(run_dir / "eval.jsonl", RESULT) if checkpoints
                and r["of"].get("weights") == weights_hash(checkpoints[-1])]
     for entry in by_checkpoint(results):
         for name, result in entry["text"].items():

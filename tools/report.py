@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
 
 from checkpoint import (  # noqa: E402
+    RESULT,
     list_checkpoints,
     read_manifest,
     read_metrics,
-    read_results,
+    read_records,
     weights_hash,
 )
 from configs import Config, UserError, load, run_command  # noqa: E402
@@ -168,8 +169,8 @@ def measured(run_dir: Path) -> list[dict[str, Any]]:
     """The results in eval.jsonl that belong to the weights of today's checkpoints."""
     # A run that was trained anew has checkpoints of the same names, and other weights.
     today = {weights_hash(path) for path in list_checkpoints(run_dir)}
-    results = [r for r in read_results(run_dir / "eval.jsonl") if r["of"].get("weights") in today]
-    return by_checkpoint(results)
+    results = read_records(run_dir / "eval.jsonl", RESULT)
+    return by_checkpoint([r for r in results if r["of"].get("weights") in today])
 
 
 def curve_panels(run_dir: Path) -> list[Panel]:
