@@ -869,7 +869,14 @@ def measure(file: Path, model: LLaMA, path: Path,
         tqdm.write(f"Skipping {path}: {problem}.")
         return False
     # What this raises is of a sound checkpoint that does not fit this config: it ends the stage.
-    manifest = load_weights(model, path, verified=True)
+    # But a run that is going on deletes its rolling checkpoints, be they read or not.
+    try:
+        manifest = load_weights(model, path, verified=True)
+    except UserError:
+        if path.exists():
+            raise
+        tqdm.write(f"Skipping {path}: it was deleted meanwhile.")
+        return False
     for evaluation, of in tqdm(evaluations, desc=path.name, leave=False, disable=None):
         append_record(file, {
             "checkpoint": path.name, "step": manifest["step"], "tokens": manifest["tokens"],

@@ -145,27 +145,17 @@ class Data:
         """The validation sequences of a source, as `chunk`; UserError if it has none."""
         for file in self.manifest["valid"]:
             if file["source"] == source:
+                self.verify_file(file)
                 return self._open(file)
         names = ", ".join(self.validation_sources) or "no source"
         raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has them"
                         f" of {names}.")
 
     def _open(self, file: dict[str, Any]) -> np.ndarray:
-        path = self.directory / file["file"]
-        try:
-            regular(path)
-            sequences = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG"
-                            " checks every file.")
         # A .npy file has its type and length in its own header, and np.load believes it. They must
         # be the manifest's, or a file of another data set would be trained on without a word.
-        expected = sequence_dtype(self.seq_len, self.n_vocab)
-        if sequences.dtype != expected or sequences.shape != (file["sequences"],):
-            raise UserError(f"{path} has {sequences.shape} sequences of {sequences.dtype}, but the"
-                            f" manifest says {file['sequences']} of {expected}: prepare the data"
-                            " anew.")
-        return sequences
+        return open_array(self.directory / file["file"], sequence_dtype(self.seq_len, self.n_vocab),
+                          (file["sequences"],))
 
     def steps_per_chunk(self, batch: int) -> list[int]:
         """Optimizer steps of `batch` sequences in each chunk; what is left over is not read."""
@@ -194,8 +184,22 @@ class Data:
         path = self.directory / file["file"]
         if not path.is_file():
             raise UserError(f"{path} is missing.")
-        if (found := sha256_file(path)) != file["sha256"]:
+        if (found := sha256_once(path, path.stat().st_mtime_ns)) != file["sha256"]:
             raise UserError(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
+
+
+def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A .npy file, memory-mapped; UserError unless it has this type and shape (None: any length).
+    """
+    try:
+        array = np.load(regular(path), mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG checks every"
+                        " file.")
+    if array.dtype != dtype or array.shape != (shape or array.shape[:1]):
+        raise UserError(f"{path} has {array.shape} entries of {array.dtype}, but the manifest says"
+                        f" {shape or 'some'} of {dtype}: prepare the data anew.")
+    return array
 
 
 # What is relied on below and in the other stages; more may be there.
@@ -364,6 +368,12 @@ def step_to_visit(schedule: list[Visit], step: int) -> tuple[Visit, int]:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@functools.lru_cache
+def sha256_once(path: Path, mtime_ns: int) -> str:
+    """`sha256_file`, remembered: a process reads its validation sequences many times."""
+    return sha256_file(path)
 
 
 def sha256_json(value: Any) -> str:

@@ -23,9 +23,17 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from configs import Config, UserError, load, run_command, with_recorded
-from data import Data, Visit, load_data, read_json, step_sequences, step_to_visit
+from data import (
+    Data,
+    Visit,
+    load_data,
+    open_array,
+    read_json,
+    step_sequences,
+    step_to_visit,
+)
 from model import LLaMA, build_for_inference, choose_kernels
-from prepare_data import Source, dealt_sequences
+from prepare_data import DOCUMENT, Source, dealt_sequences
 from tokenizer import replace_invalid_utf8
 
 SHOWN = 20  # places of a text that are printed; all are counted
@@ -134,8 +142,11 @@ def source_numbers(directory: Path, chunk: int) -> np.ndarray:
 @functools.lru_cache
 def read_index(directory: Path, source: str) -> tuple[np.ndarray, list[str]]:
     """The documents of a source, mapped, and the names of its files."""
-    index = np.load(directory / "documents" / f"{source}.npy", mmap_mode="r")
-    return index, read_json(directory / "documents" / "files.json")[source]
+    data, path = load_data(directory), directory / "documents" / f"{source}.npy"
+    for entry in data.manifest["documents"]:
+        if directory / entry["file"] in (path, path.with_name("files.json")):
+            data.verify_file(entry)
+    return open_array(path, DOCUMENT), read_json(path.with_name("files.json"))[source]
 
 
 # ---------------------------------------------------------------------------------------------

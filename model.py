@@ -307,6 +307,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = values.softmax(-1)  # (B, V), the likeliest first
     before = probabilities.cumsum(-1) - probabilities  # (B, V): all likelier tokens together
     probabilities[before >= top_p] = 0
+    if not probabilities.isfinite().all():
+        raise UserError("The model's logits are not finite, so no token can be drawn: its weights"
+                        " are damaged, or its training has diverged.")
     drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), places in `order`
     return order.gather(-1, drawn)[:, 0]  # (B, 1) -> (B,)
 
@@ -373,7 +376,23 @@ def choose_kernels(choice: str) -> str:
 def build_for_inference(config: Config) -> LLaMA:
     """The model of a config on its device, for reading only; its weights are yet to be filled."""
     device, dtype = choose_device(config)
-    return meta_model(config, dtype).cast_for_inference().materialize(device)
+    model = meta_model(config, dtype).cast_for_inference()
+    check_memory(sum(p.nbytes for p in model.parameters()), "weights alone", device)
+    return model.materialize(device)
+
+
+def check_memory(n_bytes: float, what: str, device: torch.device) -> None:
+    """UserError if each process shall hold more bytes than there are on its device."""
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    elif not hasattr(os, "sysconf"):  # Windows
+        return
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        n_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a machine share it
+    if n_bytes > have:
+        raise UserError(f"This model needs {n_bytes / 1e9:,.1f} GB here for its {what}, and there"
+                        f" are {have / 1e9:,.1f} GB: take a smaller one.")
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA:

@@ -54,7 +54,14 @@ from data import (
     write_json,
 )
 from eval import validate
-from model import LLaMA, choose_device, choose_kernels, continue_text, meta_model
+from model import (
+    LLaMA,
+    check_memory,
+    choose_device,
+    choose_kernels,
+    continue_text,
+    meta_model,
+)
 
 # Dense bf16 matmul, from the makers' data sheets. The first key that is part of the device's name
 # counts, so "H100 PCIe" must come before "H100", and "A100" before "A10".
@@ -63,6 +70,8 @@ PEAK_TFLOPS = {
     "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "A10": 125, "RTX 4090": 165,
     "RTX 3090": 71,
 }
+
+MOST_LEFT_OUT = 100  # steps in a row: then on_nonfinite = "skip_step" leaves out no more, and stops
 
 
 @dataclass
@@ -78,6 +87,7 @@ class TrainState:
     device: torch.device
     peak_flops: float  # per second, of all devices
     step: int = 0  # optimizer steps done
+    left_out: int = 0  # steps in a row without an update, the latest among them
     verified: set[int] = field(default_factory=set)  # chunks whose bytes are the manifest's
     started_from: dict = field(default_factory=dict)  # the checkpoint of init_from, if any
     received_signal: str = ""  # its name, if this process got one
@@ -261,7 +271,7 @@ def handle_nonfinite(run: TrainState, batch: Batch, loss: float, grad_norm: floa
              else "every loss was finite, the gradient was not")
     text = (f"Step {number}: loss {loss}, gradient norm {grad_norm}; the update was not made. It"
             f" was chunk {chunk}; {where} (python lookup.py CONFIG --step={number} prints them).")
-    if run.config.on_nonfinite == "skip_step":
+    if run.config.on_nonfinite == "skip_step" and run.left_out + 1 < MOST_LEFT_OUT:
         # Nothing needs to be recorded: a resumed run gets the same from the same data.
         run.log(f"{text} The step is left out.")
         return
@@ -269,6 +279,8 @@ def handle_nonfinite(run: TrainState, batch: Batch, loss: float, grad_norm: floa
     # The message is what a person has at three in the morning: it says what to write where.
     newest = (ckpt.list_checkpoints(run.dir) or ["none"])[-1]
     skip = sorted({*run.config.skip_chunks, chunk})
+    if run.left_out:
+        text += f" It is the {MOST_LEFT_OUT}th step in a row."
     raise UserError(
         f"{text} The newest checkpoint is {newest}; the same command goes on from there."
         f" To leave out the chunk, as Amber did, add `skip_chunks = {skip}` to the config; to leave"
@@ -292,6 +304,10 @@ def train(run: TrainState) -> None:
         loaded = time.perf_counter()
         record = train_step(run, batch, learning_rate(c, run.step + 1, run.total_steps))
         run.step += 1
+        run.left_out = run.left_out + 1 if "skipped" in record else 0
+        if run.step == 1 and record.get("grad_norm") == 0:
+            raise UserError("Step 1: the gradient is exactly 0, so nothing can be learned: some"
+                            " factor of the settings is too large or too small for float32.")
         tokens_per_s = c.tokens_per_step / (time.perf_counter() - begin)
         record = {"step": run.step, "chunk": batch.visit.chunk,
                   "tokens": run.step * c.tokens_per_step, **record,
@@ -697,25 +713,6 @@ def data_for(config: Config) -> Data:
     return data
 
 
-def check_memory(config: Config) -> None:
-    """UserError if weights, gradients and AdamW's state alone cannot fit."""
-    device, _ = choose_device(config)
-    n_params = meta_model(config).n_params
-    need = 16 * n_params / shard_size(config, world_size())
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1]
-    elif not hasattr(os, "sysconf"):  # Windows
-        return
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the processes of a machine share it
-    if need > have:
-        raise UserError(f"{n_params:,} parameters need {need / 1e9:,.1f} GB here for weights,"
-                        f" gradients and AdamW's moments (16 bytes each), and there are"
-                        f" {have / 1e9:,.1f} GB: take a smaller network, or more processes with"
-                        ' parallel = "fsdp" (tools/dry_run.py says what it would take).')
-
-
 def make_optimizer(config: Config, model: LLaMA) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameter_groups(),
                              betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
@@ -796,7 +793,10 @@ def main(argv: list[str]) -> None:
     backend = choose_kernels(config.kernels)
     micro_batches(config, world_size())  # refused before anything is built
     home = Path(config.run_dir)
-    check_memory(config)
+    device, _ = choose_device(config)
+    # Weights, gradients and two moments, four bytes each; tools/dry_run.py says what else it takes.
+    check_memory(16 * meta_model(config).n_params / shard_size(config, world_size()),
+                 "weights, gradients and AdamW's moments", device)
     # One process looks before all of them build: what it finds wrong ends all, in one sentence.
     on_rank_zero(lambda: data_for(config) and home.mkdir(parents=True, exist_ok=True))
     with contextlib.ExitStack() as held:
@@ -822,6 +822,9 @@ def main(argv: list[str]) -> None:
         # A collective that fails says that it has waited, and not for whom: find out.
         try:
             train(run)
+        except UserError:
+            finish_save(run)
+            raise
         except RuntimeError as error:
             if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -830,7 +833,8 @@ def main(argv: list[str]) -> None:
             run.log(f"{run.stop_reason}: saved at step {run.step}. To go on: python train.py"
                     f" {' '.join(argv)}")
         else:
-            run.log(f"Finished: {run.step} steps in {run.dir}.")
+            left_out = f" The last {run.left_out} were left out." * (run.left_out > 0)
+            run.log(f"Finished: {run.step} steps in {run.dir}.{left_out}")
 
 
 def begin_records(run: TrainState) -> None:

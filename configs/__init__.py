@@ -197,6 +197,13 @@ POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_att
     global_batch_size micro_batch_size learning_rate epochs adam_eps grad_clip timeout_minutes
     eval_sequences k l batch world_size""".split()
 
+# The most that a number may be: what is larger is a slip of the finger, and would overflow, or not
+# end, somewhere deep inside. Below are those that Python counts one by one, or float32 must hold.
+MOST = {int: 2**47, float: 1e12, "num_hidden_layers": 10_000, "n_chunks": 10**6, "epochs": 10_000,
+        "workers": 1024, "threads": 1024, "world_size": 10**6, "rms_norm_eps": 1.0, "adam_eps": 1.0,
+        "initializer_range": 1e3, "embedding_scale": 1e6, "logit_scale": 1e6,
+        "attention_scale_power": 4.0}
+
 
 @dataclass
 class NoFlags:
@@ -332,7 +339,7 @@ def set_value(values: dict[str, Any], key: str, value: Any, kind: type, where: s
     """Set a value if it has its setting's type (a whole number will do for a float)."""
     # Exact types: True is an int to Python, and "3" is not a number to anybody.
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else float("inf")  # there are longer ones
     if type(value) is not kind:
         problems.append(f"{where}: {key} must be of type {kind.__name__}, found {value!r}"
                         f" ({type(value).__name__}).")
@@ -347,10 +354,9 @@ def check_ranges(values: Any) -> list[str]:
         value = getattr(values, f.name)
         if f.type not in (int, float):
             continue
-        # What is larger is a slip of the finger, and would overflow somewhere deep inside.
-        limit = 2**47 if f.type is int else 1e12
-        if not 0 <= value < limit:
-            problems.append(f"{f.name} must be 0 or more and below {limit:.3g}, found {value}.")
+        most = MOST.get(f.name, MOST[f.type])
+        if not 0 <= value <= most:
+            problems.append(f"{f.name} must be 0 or more and at most {most:.3g}, found {value}.")
         elif value == 0 and f.name in POSITIVE:
             problems.append(f"{f.name} must be more than 0.")
     return problems
@@ -370,7 +376,11 @@ def check(c: Config) -> list[str]:
         problems.append(f"min_learning_rate ({c.min_learning_rate}) must not be more than"
                         f" learning_rate ({c.learning_rate}).")
     # What follows divides by these numbers, so they must be in range first.
-    return problems or check_heads(c) + check_data(c)
+    problems = problems or check_heads(c) + check_data(c)
+    if not problems and c.kernels == "triton" and c.head_dim not in (64, 128):
+        problems.append(f"kernels = 'triton' has no attention for a head size of {c.head_dim}, only"
+                        " for 64 and 128: take 'auto', which chooses what can.")
+    return problems
 
 
 def check_heads(c: ModelConfig) -> list[str]:
@@ -500,6 +510,8 @@ def check_torchrun(environ: Mapping[str, str]) -> None:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a stage's `main` on the command line's words, and end as a command should: what a person
     must know is one sentence and exit status 1, and only a bug leaves a traceback."""
+    # A terminal that cannot show a letter shows a question mark.
+    sys.stdout.reconfigure(errors="replace")
     try:
         check_torchrun(os.environ)
         main(sys.argv[1:])
@@ -513,12 +525,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if not error.filename:
+        if not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             raise
-        sentence = f"{error.filename}: {error.strerror}."
+        # A full disk does not say which file it was about.
+        sentence = f"{error.filename or 'A file could not be written'}: {error.strerror}."
     else:
         return
-    if int(os.environ.get("RANK", 0)):
+    if os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ:
         # Usually all processes have the same to say, and torchrun ends all when one has ended:
         # let the first one say it. What only this one knows is said after the wait.
         time.sleep(3)

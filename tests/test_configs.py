@@ -57,9 +57,9 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--learning_rate=-1", "learning_rate must be 0 or more and below 1e+12, found -1.0."),
-    ("--learning_rate=1e999", "learning_rate must be 0 or more and below 1e+12, found inf."),
-    ("--seed=99999999999999999999", "seed must be 0 or more and below 1.41e+14, found 999"),
+    ("--learning_rate=-1", "learning_rate must be 0 or more and at most 1e+12, found -1.0."),
+    ("--learning_rate=1e999", "learning_rate must be 0 or more and at most 1e+12, found inf."),
+    ("--seed=99999999999999999999", "seed must be 0 or more and at most 1.41e+14, found 999"),
     ("--sources={3: 'x'}", "sources must have names of sources as keys, found 3."),
     ("--sample_tokens=100000", "sample_tokens must be at most 1024, found 100000."),
     ("--seq_len=0", "seq_len must be more than 0."),

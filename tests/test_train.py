@@ -245,7 +245,7 @@ def test_two_epochs_read_everything_twice_and_resume(home: Path, tmp_path: Path)
 
 
 def test_a_network_that_cannot_fit_is_refused_with_both_numbers(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"parameters need [\d,.]+ GB here .* there are [\d,.]+ GB"):
+    with pytest.raises(UserError, match=r"needs [\d,.]+ GB here .* there are [\d,.]+ GB"):
         run(home, tmp_path / "run", num_hidden_layers=10, hidden_size=65536)
     assert not (tmp_path / "run").exists()
 
@@ -317,6 +317,21 @@ def test_a_step_that_is_left_out_is_left_out_again(home: Path, tmp_path: Path,
     assert [r["step"] for r in metrics(tmp_path / "run") if "skipped" in r] == [3, 8]
 
 
+def test_a_run_that_leaves_out_everything_stops(home: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(4, 19)))
+    monkeypatch.setattr(train, "MOST_LEFT_OUT", 10)
+    with pytest.raises(UserError, match=r"Step 13: .* the 10th step in a row"):
+        run(home, tmp_path / "run", on_nonfinite="skip_step")
+    run(home, tmp_path / "few", on_nonfinite="skip_step", max_steps=8)
+    assert "The last 5 were left out." in (tmp_path / "few/train.log").read_text()
+
+
+def test_settings_that_leave_no_gradient_are_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Step 1: the gradient is exactly 0"):
+        run(home, tmp_path / "run", logit_scale=1e-60)
+
+
 # ---- damaged
 
 
@@ -356,6 +371,17 @@ def test_a_damaged_newest_checkpoint_does_not_cost_the_later_ones(home: Path, st
         assert ckpt.list_checkpoints(tmp_path / "run")[-1].name == f"step_{last:07d}"
     run(home, tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
+
+
+def test_a_chunk_with_a_flipped_bit_is_not_trained_on(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    damage(tmp_path / "data/train/chunk_001.npy", "flipped")
+    with pytest.raises(UserError, match="chunk_001.npy differs: its sha256 is"):
+        run(home, tmp_path / "run", data_dir=tmp_path / "data")
+    assert metrics(tmp_path / "run")[-1]["step"] == 6  # chunk 0 is done, and saved
+    shutil.copy(home / "data/train/chunk_001.npy", tmp_path / "data/train")
+    run(home, tmp_path / "run", data_dir=tmp_path / "data")
+    assert_same_run(tmp_path / "run", run(home, tmp_path / "peace"))
 
 
 def test_a_run_is_never_written_over(home: Path, straight: Path, tmp_path: Path) -> None:

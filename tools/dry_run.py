@@ -87,7 +87,9 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
     """What a run on `world` GPUs would take, as a table. mfu: model FLOPs utilization, a guess."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     try:
-        backend = kernels.use("triton" if config.kernels == "auto" else config.kernels, dry=True)
+        here = config.head_dim in (64, 128)  # what a GPU's "auto" comes to
+        backend = kernels.use("triton" if config.kernels == "auto" and here else config.kernels,
+                              dry=True)
     except RuntimeError:  # no Triton on this machine: PyTorch's operations keep more
         backend = kernels.use("torch")
     prepared = (Path(config.data_dir) / "manifest.json").exists()
