@@ -271,7 +271,7 @@ def measure_losses(config: Config, data: Data, points: list[Point], chunks: list
         ckpt.load_weights(model, points[i].path, verified=True)
         for j, chunk in enumerate(chunks):
             rows = drawn[chunk][1]
-            found = sequence_losses(model, data.chunk(chunk)["token_ids"][rows.ravel()], batch)
+            found = sequence_losses(model, data.take(chunk, rows.ravel())["token_ids"], batch)
             mine[i, j] = drawn[chunk][0], found.reshape(rows.shape)
     return {key: value for part in all_gather_object(mine) for key, value in part.items()}
 

@@ -141,12 +141,28 @@ class Data:
         """The sequences of chunk i, (n,) of [source u1, token_ids (seq_len + 1,)]."""
         return self._open(self.manifest["chunks"][i])
 
+    def take(self, i: int, ids: Any) -> np.ndarray:
+        """The sequences `ids` (n,) of chunk i, read from the disk."""
+        return self._sound(self.chunk(i)[ids], self.manifest["chunks"][i])
+
+    def source_of(self, i: int, sequence: int) -> str:
+        """The name of the source of a sequence of chunk i."""
+        return self.sources[self.take(i, [sequence])["source"][0]]
+
+    def _sound(self, sequences: np.ndarray, file: dict[str, Any]) -> np.ndarray:
+        # A damaged byte can name a token that the embedding does not have.
+        if len(sequences) and (sequences["token_ids"].max() >= self.n_vocab
+                               or sequences["source"].max() >= len(self.sources)):
+            raise UserError(f"{self.directory / file['file']} is damaged: it has token ids or"
+                            " sources that this data does not have.")
+        return sequences
+
     def validation(self, source: str) -> np.ndarray:
         """The validation sequences of a source, as `chunk`; UserError if it has none."""
         for file in self.manifest["valid"]:
             if file["source"] == source:
                 self.verify_file(file)
-                return self._open(file)
+                return self._sound(self._open(file), file)
         names = ", ".join(self.validation_sources) or "no source"
         raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has them"
                         f" of {names}.")
@@ -193,7 +209,7 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...] | None = None
     """
     try:
         array = np.load(regular(path), mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged headers raise all kinds
         raise UserError(f"{path} cannot be read ({error}): python audit.py CONFIG checks every"
                         " file.")
     if array.dtype != dtype or array.shape != (shape or array.shape[:1]):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import kernels
 from checkpoint import Evaluation
-from configs import Config, UserError, load, run_command
+from configs import Config, UserError, load, read_regular, run_command
 from data import Data, load_data, sha256_file, sha256_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
 from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
@@ -206,7 +206,7 @@ def read_docs(files: list[Path]) -> list[dict]:
                 docs += parquet.ParquetFile(file).read().to_pylist()
             else:
                 # Not splitlines: a JSON string may hold U+2028, which that takes for a line's end.
-                lines = file.read_text(encoding="utf-8").split("\n")
+                lines = read_regular(file).decode().split("\n")
                 docs += [json.loads(line) for line in lines if line.strip()]
         except Exception as error:  # pyarrow has many kinds of its own
             raise UserError(f"{file} cannot be read ({error}). Is the download whole? .parquet also"
@@ -485,7 +485,7 @@ def read_texts(path: str) -> list[str]:
         texts = [doc.get("text", doc.get("content")) for doc in read_docs([Path(path)])]
     else:
         # Invalid bytes become lone surrogates, which replace_invalid_utf8 knows.
-        texts = [Path(path).read_bytes().decode("utf-8", "surrogateescape")]
+        texts = [read_regular(path).decode("utf-8", "surrogateescape")]
     if not any(texts) or any(not isinstance(text, str) or "\0" in text for text in texts):
         raise UserError(f"--text={path}: there is no text in it, or not only text.")
     return [replace_invalid_utf8(text.removeprefix("\ufeff")) for text in texts if text]

@@ -63,16 +63,16 @@ def show_step(config: Config, step: int) -> None:
         raise UserError(f"--step={step}: {config.data_dir} has steps 1 to {total:,} of {batch}"
                         " sequences.")
     visit, within = step_to_visit(schedule, step - 1)
-    chunk = data.chunk(visit.chunk)
+    ids = step_sequences(config.seed, visit.chunk, len(data.chunk(visit.chunk)), within, batch,
+                         visit.turn)
     print(f"step {step} = step {within + 1} of chunk {visit.chunk}, {batch} sequences of"
           f" {config.data_dir}")
     if record := ckpt.read_metrics(config.run_dir).get(step):
         kept = ("loss", "grad_norm", "lr", "loss_by_source")
         print(", ".join(f"{key} {json.dumps(record[key])}" for key in kept if key in record))
-    for i in step_sequences(config.seed, visit.chunk, len(chunk), within, batch,
-                            visit.turn).tolist():
-        source = data.sources[chunk["source"][i]]
-        text = data.tokenizer.decode(chunk["token_ids"][i][:64])[:100]
+    for i, sequence in zip(ids.tolist(), data.take(visit.chunk, ids)):
+        source = data.sources[sequence["source"]]
+        text = data.tokenizer.decode(sequence["token_ids"][:64])[:100]
         print(f"{source:<16} chunk {visit.chunk} sequence {i:<8}"
               f" {json.dumps(text, ensure_ascii=False)}")
         print(f"{'':<16} {origin(data, visit.chunk, i, 0, data.seq_len + 1)}")
@@ -91,7 +91,7 @@ def origin(data: Data, chunk: int, i: int, begin: int, end: int) -> str:
         capped = settings.sequences_per_chunk == about["sequences"]
         skipped = any(data.manifest["dropped"].values())
         return f"{about['made_from']} line {i + 1}" + " or later" * (capped or skipped)
-    source = data.sources[data.chunk(chunk)["source"][i]]
+    source = data.source_of(chunk, i)
     if source == "canary" and settings.canaries:
         return "planted: random tokens, of no document"
     if not data.manifest.get("documents"):
@@ -108,7 +108,7 @@ def documents_of(data: Data, chunk: int, i: int, begin: int,
                  end: int) -> list[tuple[str, int, int, int]]:
     """(file, number of the document in it, from 1; its first token here, from 0; tokens) of each
     document that tokens `begin` to `end` of a sequence are of. Its last is the end-of-document."""
-    source = data.sources[data.chunk(chunk)["source"][i]]
+    source = data.source_of(chunk, i)
     index, files = read_index(data.directory, source)
     # A source is one run of tokens: at which of them do we begin, and in which document?
     at = int(source_numbers(data.directory, chunk)[i]) * (data.seq_len + 1)
@@ -179,7 +179,7 @@ def find(config: Config, text: str) -> None:
         steps = steps_of(config, data, place)
         visits.append([visit for visit, _ in steps])
         when = " and ".join(f"step {step}" for _, step in steps) or "not read"
-        source = data.sources[data.chunk(place.chunk)["source"][place.sequence]]
+        source = data.source_of(place.chunk, place.sequence)
         print(f"{k:>2}: {source}, chunk {place.chunk} sequence {place.sequence}, tokens"
               f" {place.first} to {place.last}, byte {place.byte}: {when}")
         print(f"    {json.dumps(place.context, ensure_ascii=False)}")
@@ -274,8 +274,8 @@ def show_losses(config: Config, data: Data, places: list[Place],
 
 def passage_loss(model: LLaMA, data: Data, place: Place) -> float:
     """Mean loss of the tokens that cover a place; NaN if there is none that is predicted."""
-    ids = data.chunk(place.chunk)["token_ids"][place.sequence].astype(np.int64)
-    ids = torch.from_numpy(ids).to(model.lm_head.weight.device)[None]  # (1, T + 1)
+    ids = data.take(place.chunk, [place.sequence])["token_ids"].astype(np.int64)  # (1, T + 1)
+    ids = torch.from_numpy(ids).to(model.lm_head.weight.device)
     _, token_losses = model(ids[:, :-1], ids[:, 1:])  # (1, T)
     # The first token of a sequence is never predicted: the losses begin with that of the second.
     return float(token_losses[0, max(0, place.first - 1) : place.last].mean())

@@ -88,12 +88,12 @@ def sequence_losses(model: LLaMA, token_ids: np.ndarray, batch: int) -> np.ndarr
 
 def draw_sequences(config: Config, data: Data, chunk: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to n different sequences of a chunk: their ids (R,) in ascending order, and themselves."""
-    sequences = data.chunk(chunk)
+    there = len(data.chunk(chunk))
     # From the whole chunk, as it is sorted by source: the first n would all be of one. The 360
     # keeps this draw apart from the data order's [seed, chunk].
     random = np.random.default_rng([config.seed, chunk, 360])
-    ids = np.sort(random.choice(len(sequences), min(n, len(sequences)), replace=False))
-    return ids, sequences[ids]
+    ids = np.sort(random.choice(there, min(n, there), replace=False))
+    return ids, data.take(chunk, ids)
 
 
 def measure(token_ids: np.ndarray, flags: Flags, model: LLaMA) -> dict[str, list]:

@@ -162,13 +162,14 @@ def load_batch(run: TrainState) -> Batch:
         # in more than two hours, and is then in the memory of the system.
         on_rank_zero(lambda: run.data.verify_file(run.data.manifest["chunks"][visit.chunk]))
         run.verified.add(visit.chunk)
-    chunk = run.data.chunk(visit.chunk)
-    ids = step_sequences(c.seed, visit.chunk, len(chunk), step_in_chunk, c.global_batch_size,
+    n = len(run.data.chunk(visit.chunk))
+    ids = step_sequences(c.seed, visit.chunk, n, step_in_chunk, c.global_batch_size,
                          visit.turn)
     # Each process takes a contiguous slice of the global batch. So the batch is the same set of
     # sequences for any number of processes, and only the order in which they are summed differs.
     mine = np.array_split(ids, world_size())[rank()]
-    return Batch(visit, step_in_chunk, mine, chunk[mine])  # only these are read from the disk
+    # Only these are read from the disk.
+    return Batch(visit, step_in_chunk, mine, run.data.take(visit.chunk, mine))
 
 
 def to_tensors(sequences: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

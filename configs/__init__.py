@@ -421,9 +421,9 @@ def check_data(c: Config) -> list[str]:
         if not isinstance(value, str):
             problems.append(f"sources[{key!r}] must be a path or glob, found {value!r}.")
     for key, value in c.source_weights.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            problems.append(f"source_weights[{key!r}] must be a number of 0 or more, found"
-                            f" {value!r}.")
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1e6:
+            problems.append(f"source_weights[{key!r}] must be a number of 0 or more (at most 1e6),"
+                            f" found {value!r}.")
     for key, value in c.source_halves.items():
         if value not in ("even", "odd"):
             problems.append(f"source_halves[{key!r}] must be 'even' or 'odd', found {value!r}.")
@@ -494,17 +494,21 @@ def help_text(Flags: type) -> str:
 
 
 def check_torchrun(environ: Mapping[str, str]) -> None:
-    """UserError unless the variables that torchrun sets are all there, or none of them."""
-    number, world = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
-    others = [environ.get(name, "1") for name in
-              ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")]
-    # A process that is told of others, but not which one it is, would wait for them for ever.
-    if ("RANK" in environ) != ("WORLD_SIZE" in environ) or not (
-            all(word.isdecimal() for word in [number, world, *others])
-            and int(number) < int(world) and others[1] != "0"):
-        raise UserError("The variables RANK, WORLD_SIZE, ... of the environment do not fit together"
-                        f" (RANK={number}, WORLD_SIZE={world}): start several processes with"
-                        " torchrun, and a single one without them.")
+    """UserError unless torchrun's variables fit together; without RANK and WORLD_SIZE none counts.
+    """
+    # A process that is told of others, but not how to find them, would wait for them for ever.
+    several = {"RANK", "WORLD_SIZE"} & environ.keys()
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    problems = [f"{name} is not set" for name in needed if several and name not in environ]
+    for name in (*needed[:4], "TORCHELASTIC_RESTART_COUNT"):
+        word = environ.get(name, "1")
+        if not word.isdecimal() or word == "0" and name.endswith("SIZE"):
+            problems.append(f"{name} is {word!r}")
+    if several and not problems and int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
+        problems.append("RANK must be less than WORLD_SIZE")
+    if problems:
+        raise UserError(f"In the environment {', '.join(problems)}: start several processes with"
+                        " torchrun, and a single one without RANK and WORLD_SIZE.")
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

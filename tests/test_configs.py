@@ -74,7 +74,7 @@ def test_every_problem_at_once_one_sentence_each(tmp_path: Path) -> None:
     ("--tokenizer=gpt2", 'tokenizer must be "bpe", "hf:PATH", "tiktoken:NAME" or "data'),
     ("--adam_beta2=1", "adam_beta2 must be less than 1, found 1.0."),
     ("--sources={'a': 3}", "sources['a'] must be a path or glob, found 3."),
-    ("--source_weights={'a': -1}", "source_weights['a'] must be a number of 0 or more, found -1."),
+    ("--source_weights={'a': -1}", "source_weights['a'] must be a number of 0 or more (at mos"),
 ])
 def test_values_out_of_range(argument: str, words: str) -> None:
     assert words in refusal(["configs/amber_tiny.py", argument])
@@ -150,3 +150,18 @@ def test_amber_7b_is_amber() -> None:
     assert c.global_batch_size == 2240 and c.tokens_per_step == 4_587_520
     assert c.sequences_per_chunk // c.global_batch_size == 762 and c.n_chunks == 360
     assert 360 * 762 * c.tokens_per_step == pytest.approx(1258.5e9, rel=1e-4)
+
+
+def test_torchruns_variables_fit_together() -> None:
+    alone: dict[str, str] = {}
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    configs.check_torchrun(alone)
+    configs.check_torchrun(whole)
+    for environ, sentence in (({"RANK": "0"}, "WORLD_SIZE is not set"),
+                              ({"WORLD_SIZE": "2"}, "RANK is not set"),
+                              (whole | {"RANK": "x"}, "RANK is 'x'"),
+                              (whole | {"RANK": "2"}, "RANK must be less than WORLD_SIZE"),
+                              ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'")):
+        with pytest.raises(UserError, match=sentence):
+            configs.check_torchrun(environ)
