@@ -70,7 +70,7 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
     results = {}
     for source in data.validation_sources:
         sequences = data.validation(source)["token_ids"][:limit]
-        sums = np.zeros(3)  # nats, tokens, bytes
+        sums = []  # of each batch: nats, tokens, bytes
         for start in range(0, len(sequences), batch * world):
             mine = sequences[start + batch * rank :][:batch]
             # A process without sequences of its own computes too, on one that does not count,
@@ -79,10 +79,11 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
             ids = torch.from_numpy(ids.astype(np.int64)).to(device)  # (B, T + 1)
             _, token_losses = model(ids[:, :-1], ids[:, 1:])  # (B, T)
             nats, targets = token_losses[: len(mine)].double().sum(), mine[:, 1:]
-            sums += [float(nats), targets.size, token_bytes[targets].sum()]
+            sums.append([float(nats), targets.size, float(token_bytes[targets].sum())])
         everyones = checkpoint.all_gather_object(sums) if world > 1 else [sums]
-        # fsum rounds once, at its end: the order of the processes does not matter.
-        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*everyones))
+        # fsum rounds once, at its end: the order of the batches and processes does not matter.
+        batches = [batch for sums in everyones for batch in sums]
+        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*batches))
         results[source] = text_figures(nats, tokens, n_bytes)
     return results
 

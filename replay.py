@@ -52,10 +52,9 @@ def replay(config: Config, after: Path) -> str:
     Settings, and a CPU's threads, are those the checkpoint names. UserError with the first tensor
     that differs and by how much, and the first line of metrics.jsonl.
     """
-    problem = ckpt.verify_checkpoint(after)
-    if problem:
-        raise UserError(f"{after} cannot be replayed: {problem}.")
-    manifest = ckpt.read_manifest(after)
+    problem, manifest = ckpt.verify_checkpoint(after), ckpt.read_manifest(after)
+    if problem or not manifest:
+        raise UserError(f"{after} cannot be replayed: {problem or 'it has no manifest'}.")
     config = with_recorded(config, manifest["config"])
     # The number of threads decides the order of sums, and so the last bits.
     config.threads = manifest["environment"]["threads"]

@@ -165,9 +165,8 @@ def load_batch(run: TrainState) -> Batch:
     n = len(run.data.chunk(visit.chunk))
     ids = step_sequences(c.seed, visit.chunk, n, step_in_chunk, c.global_batch_size,
                          visit.turn)
-    # Each process takes a contiguous slice of the global batch. So the batch is the same set of
-    # sequences for any number of processes, and only the order in which they are summed differs.
-    mine = np.array_split(ids, world_size())[rank()]
+    # The micro-batches are the same for any number of processes, which take them in turn.
+    mine = ids.reshape(-1, world_size(), c.micro_batch_size)[:, rank()].reshape(-1)
     # Only these are read from the disk.
     return Batch(visit, step_in_chunk, mine, run.data.take(visit.chunk, mine))
 
@@ -191,6 +190,7 @@ def train_step(run: TrainState, batch: Batch, lr: float) -> dict[str, Any]:
     is not finite in any process, no process makes the update (see `handle_nonfinite`).
     """
     c, n = run.config, run.config.micro_batch_size
+    total = c.global_batch_size if c.same_bits else len(batch.sequences)
     losses = []
     # Gradients of the micro-batches add up in .grad, as if they had been one large batch.
     for begin in range(0, len(batch.sequences), n):
@@ -200,31 +200,13 @@ def train_step(run: TrainState, batch: Batch, lr: float) -> dict[str, Any]:
             loss, token_losses = run.ddp_model(inputs, targets)  # (), (B, T)
             # `loss` is the mean of this part, so it counts by the part's share of this process's
             # sequences. DDP and FSDP average over the processes, which have equally many.
-            (loss * (len(part) / len(batch.sequences))).backward()
+            (loss * (len(part) / total)).backward()
         losses.append(token_losses.mean(1))  # (sequences of the part,), no graph behind them
     losses = torch.cat(losses)  # (sequences of this process,)
 
-    # Returned is the norm before clipping; under FSDP it is a DTensor, a part in each process.
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-
-    # One all_reduce for all: loss sums and counts by source, then two flags, signal and save due.
-    names = run.data.sources
-    sums = torch.zeros(2 * len(names) + 2, device=run.device)
-    source = torch.from_numpy(batch.sequences["source"].astype(np.int64)).to(run.device)
-    sums.index_add_(0, source, losses)
-    sums.index_add_(0, source + len(names), torch.ones_like(losses))
-    sums[-2] = bool(run.received_signal)
-    sums[-1] = 0 < c.save_minutes * 60 < time.monotonic() - run.saved_at  # 0 minutes: never
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    # tolist() makes the CPU wait for the GPU, so there is one for all that is logged or decided on.
-    *totals, grad_norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-    loss_sums, counts = totals[: len(names)], totals[len(names) : -2]
+    grad_norm = clip_gradients(run)  # ()
+    loss_sums, counts, grad_norm = gather_losses(run, batch, losses, grad_norm)
     loss = sum(loss_sums) / sum(counts)
-    if totals[-2]:
-        run.stop_reason = run.received_signal or "A signal to another process"
-    run.save_due = totals[-1] > 0
 
     # Before the update, because after it the weights would be lost. All processes have the same
     # sums, so all of them come to the same decision without asking each other.
@@ -237,8 +219,60 @@ def train_step(run: TrainState, batch: Batch, lr: float) -> dict[str, Any]:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     by_source = {name: round(total / count, 5)
-                 for name, total, count in zip(names, loss_sums, counts) if count}
+                 for name, total, count in zip(run.data.sources, loss_sums, counts) if count}
     return {"loss": loss, "loss_by_source": by_source, "grad_norm": grad_norm, "lr": lr}
+
+
+def clip_gradients(run: TrainState) -> Tensor:
+    """Scale all gradients if their global norm is more than grad_clip; the norm before that, ()."""
+    parameters, most = [*run.model.parameters()], run.config.grad_clip
+    if not run.config.same_bits:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+        return whole(norm)
+    # A process has whole rows of a matrix: the sum of each row is the same wherever it is made, and
+    # the sum of these sums too.
+    rows = [p.grad.double().square() for p in parameters]
+    rows = [whole(x.sum(1) if x.dim() > 1 else x) for x in rows]  # (rows of the parameter,) each
+    norm = torch.cat(rows).sum().sqrt().float()
+    for p in parameters:
+        p.grad.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which FSDP may hold only a part here, in one piece."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gather_losses(run: TrainState, batch: Batch, losses: Tensor,
+                  grad_norm: Tensor) -> tuple[list[float], list[float], float]:
+    """Sum of the losses and number of sequences of each source over all processes, and the gradient
+    norm as a number. losses: (sequences of this process,). Notes on `run` what any of them wants:
+    to stop at a signal, or to save."""
+    names = run.data.sources
+    source = torch.from_numpy(batch.sequences["source"].astype(np.float32)).to(run.device)
+    wants = torch.tensor([bool(run.received_signal),  # 0 minutes: never
+                          0 < run.config.save_minutes * 60 < time.monotonic() - run.saved_at])
+    # One all_gather for all, and of the losses themselves: so they are added in the order of the
+    # batch, whoever has computed them.
+    mine = torch.cat([torch.stack([losses, source], 1), wants[None].to(losses)])  # (n + 1, 2)
+    everyones = mine.repeat(world_size(), 1)  # (world * (n + 1), 2)
+    if dist.is_initialized():
+        dist.all_gather_into_tensor(everyones, mine)
+    everyones = everyones.view(world_size(), *mine.shape)  # (world, n + 1, 2)
+    in_turn = everyones[:, :-1].unflatten(1, (-1, run.config.micro_batch_size))  # (world, m, B, 2)
+    losses, source = in_turn.transpose(0, 1).reshape(-1, 2).unbind(1)  # (global batch,) each
+    source = source.long()
+    sums = torch.zeros(2 * len(names), device=run.device)
+    sums.index_add_(0, source, losses)
+    sums.index_add_(0, source + len(names), torch.ones_like(losses))
+    # tolist() makes the CPU wait for the GPU, so there is one for all that is logged or decided on.
+    any_wants = everyones[:, -1].sum(0)  # (2,)
+    *totals, signal, due, norm = torch.cat([sums, any_wants, grad_norm.reshape(1)]).tolist()
+    if signal:
+        run.stop_reason = run.received_signal or "A signal to another process"
+    run.save_due = due > 0
+    return totals[: len(names)], totals[len(names) :], norm
 
 
 @contextlib.contextmanager
@@ -644,12 +678,47 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype,
     # gathered in `dtype` just before they are used, and let go after it.
     if mesh:
         # Inputs are not cast to `dtype`, because the rotary table must stay float32.
-        policy = MixedPrecisionPolicy(dtype, getattr(torch, config.reduce_dtype),
+        policy = MixedPrecisionPolicy(None if config.same_bits else dtype,
+                                      getattr(torch, config.reduce_dtype),
                                       cast_forward_inputs=False)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+            if config.same_bits:
+                module.set_gradient_divide_factor(1.0)
+                module.set_custom_reduce_scatter(
+                    OrderedReduceScatter(micro_batches(config, world_size())))
         model.materialize(device)
     return model
+
+
+class OrderedReduceScatter:
+    """FSDP's sum of the gradients, in the order of the micro-batches, for `same_bits`.
+
+    Process r of N computes the micro-batches r, N + r, 2N + r, ... After each, every process gets
+    all N gradients of its shard, and adds them one by one to those before. So each number is
+    ((g0 + g1) + g2) + ..., as one process adds them in .grad, and no bit depends on N. The bytes
+    are those of the reduce-scatter; a second shard of the gradients is held.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches, self.done = micro_batches, 0
+        self.total: Tensor | None = None  # (this shard of all gradients,), flat
+
+    def allocate(self, size: tuple[int, ...], **how: Any) -> Tensor:
+        return torch.empty(*size, **how)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
+                 op: Any, async_op: bool = False) -> None:
+        pieces = torch.empty_like(input_tensor)  # (N * shard,): every process's gradient of mine
+        dist.all_to_all_single(pieces, input_tensor, group=group)
+        for piece in pieces.chunk(group.size()):  # (shard,)
+            self.total = piece.clone() if self.total is None else self.total.add_(piece)
+        # FSDP adds what it is given to .grad: nothing, until the last micro-batch.
+        self.done += 1
+        output_tensor.zero_()
+        if self.done % self.micro_batches == 0:
+            output_tensor.copy_(self.total)
+            self.total = None
 
 
 # What selective activation checkpointing keeps of a block: products of matrices and attention.
@@ -692,6 +761,9 @@ def micro_batches(config: Config, world: int) -> int:
         raise UserError(f"global_batch_size ({config.global_batch_size}) must be a multiple of"
                         f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
                         f" {unit}); {nearest(config.global_batch_size, unit)}.")
+    if config.same_bits and world > 1 and config.parallel != "fsdp":
+        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: any number"
+                        " of processes gives the same bits, and this is how they share the sums.")
     return config.global_batch_size // unit
 
 

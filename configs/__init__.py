@@ -147,6 +147,7 @@ class Config(ModelConfig):
     parallel: str = "fsdp"  # "ddp" | "fsdp" | "hsdp": shard in groups, replicate across them
     shard_size: int = 0  # hsdp: processes of a group; 0 = those of a node
     reduce_dtype: str = "float32"  # gradients between processes: "float32" | "bfloat16", as Amber
+    same_bits: bool = False  # sums in one order: any number of processes gives the same bits; fsdp
     activation_checkpointing: str = "none"  # computed again: "none" | "selective" | "full" block
     timeout_minutes: float = 15.0  # a collective that takes so long ends the run
 
@@ -199,10 +200,10 @@ POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_att
 
 # The most that a number may be: what is larger is a slip of the finger, and would overflow, or not
 # end, somewhere deep inside. Below are those that Python counts one by one, or float32 must hold.
-MOST = {int: 2**47, float: 1e12, "num_hidden_layers": 10_000, "n_chunks": 10**6, "epochs": 10_000,
-        "workers": 1024, "threads": 1024, "world_size": 10**6, "rms_norm_eps": 1.0, "adam_eps": 1.0,
-        "initializer_range": 1e3, "embedding_scale": 1e6, "logit_scale": 1e6,
-        "attention_scale_power": 4.0}
+MOST = {int: 2**47, float: 1e12, "num_hidden_layers": 10_000, "seq_len": 10**8, "n_chunks": 10**6,
+        "epochs": 10_000, "workers": 1024, "threads": 1024, "world_size": 10**6,
+        "rms_norm_eps": 1.0, "adam_eps": 1.0, "initializer_range": 1e3, "embedding_scale": 1e6,
+        "logit_scale": 1e6, "attention_scale_power": 4.0}
 
 
 @dataclass
@@ -372,6 +373,11 @@ def check(c: Config) -> list[str]:
     for key in ("adam_beta1", "adam_beta2"):
         if getattr(c, key) >= 1:
             problems.append(f"{key} must be less than 1, found {getattr(c, key)}.")
+    if c.same_bits and c.reduce_dtype != "float32":
+        problems.append("same_bits needs reduce_dtype = 'float32': one process rounds no gradient"
+                        " on its way to another.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", c.device):
+        problems.append(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', found {c.device!r}.")
     if c.min_learning_rate > c.learning_rate:
         problems.append(f"min_learning_rate ({c.min_learning_rate}) must not be more than"
                         f" learning_rate ({c.learning_rate}).")

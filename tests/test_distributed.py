@@ -167,7 +167,7 @@ def test_two_processes(home: Path, straight: Path, tmp_path: Path) -> None:
     config, _ = load(argv(home, straight))
     data = load_data(config.data_dir)
     chunk = data.chunk(1)
-    i = step_sequences(config.seed, 1, len(chunk), 2, 8)[4 + 2]  # rank 1, micro-batch 2
+    i = step_sequences(config.seed, 1, len(chunk), 2, 8)[6]  # rank 1 has micro-batches 1 and 3
     source = data.sources[chunk["source"][i]]
     for words in ("Step 9: loss nan", "the update was not made", "chunk 1;",
                   f"rank 1: sequence {i} ({source}) (", "--step=9", "ckpt_000;",
@@ -215,6 +215,34 @@ def test_four_processes(home: Path, straight: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "hsdp", tmp_path / "again")
     assert_close_run(straight, tmp_path / "ddp")
     assert_close_run(straight, tmp_path / "resharded")
+
+
+def test_any_number_of_processes_gives_the_same_bits(home: Path, tmp_path: Path) -> None:
+    """same_bits: 1 = 2 = 4, with accumulation and clipping; begun on 4, gone on with on 2 and on 1;
+    and what 4 have trained is replayed by one."""
+    settings = {"same_bits": True, "micro_batch_size": 2, "grad_clip": 0.5}
+    kinds = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"},
+             "other": {"activation_checkpointing": "full", "tie_word_embeddings": True}}
+
+    def job(kind: str, where: str, **more: Any) -> dict[str, Any]:
+        return {"argv": argv(home, tmp_path / kind / where, **settings, **kinds[kind], **more)}
+
+    ends = launch(4, home, [*(job(kind, "four") for kind in kinds),
+                            job("float32", "parts", max_steps=5),
+                            job("float32", "hsdp", parallel="hsdp", shard_size=2)])
+    assert ends[:4] == [""] * 4 and "same_bits needs parallel = 'fsdp', found 'hsdp'" in ends[4]
+    assert launch(2, home, [*(job(kind, "two") for kind in kinds),
+                            job("float32", "parts", max_steps=11)]) == [""] * 4
+    train.main(job("float32", "parts")["argv"])
+    for kind in kinds:
+        train.main(job(kind, "one")["argv"])
+        for where in ("four", "two", *["parts"] * (kind == "float32")):
+            assert_same_run(tmp_path / kind / "one", tmp_path / kind / where)
+        logs = [metrics(tmp_path / kind / where) for where in ("one", "four")]
+        assert max(record["grad_norm"] for record in logs[0]) > 0.5  # so some were clipped
+        validated = [[record["valid"] for record in log if "valid" in record] for log in logs]
+        assert validated[0] == validated[1] and len(validated[0]) == 6
+    audit.main([str(tmp_path / "float32/four"), "--replay=1"])
 
 
 def test_a_killed_rank_is_started_again_and_a_stuck_one_is_named(home: Path,
