@@ -146,7 +146,11 @@ def read_index(directory: Path, source: str) -> tuple[np.ndarray, list[str]]:
     for entry in data.manifest["documents"]:
         if directory / entry["file"] in (path, path.with_name("files.json")):
             data.verify_file(entry)
-    return open_array(path, DOCUMENT), read_json(path.with_name("files.json"))[source]
+    files = read_json(path.with_name("files.json"), {source: [str]})
+    index = open_array(path, DOCUMENT)
+    if not (files and len(index) and index["file"][-1] < len(files[source])):
+        raise UserError(f"{path.parent} is damaged: prepare the data anew.")
+    return index, files[source]
 
 
 # ---------------------------------------------------------------------------------------------
