@@ -762,8 +762,8 @@ def micro_batches(config: Config, world: int) -> int:
                         f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
                         f" {unit}); {nearest(config.global_batch_size, unit)}.")
     if config.same_bits and world > 1 and config.parallel != "fsdp":
-        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: any number"
-                        " of processes gives the same bits, and this is how they share the sums.")
+        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: it is in"
+                        " FSDP's sums that the order is kept.")
     return config.global_batch_size // unit
 
 

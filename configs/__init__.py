@@ -35,7 +35,11 @@ def regular(path: str | Path) -> Path:
 
 
 def read_regular(path: str | Path) -> bytes:
-    return regular(path).read_bytes()
+    try:
+        return regular(path).read_bytes()
+    except OSError as error:
+        error.filename = str(path)  # a disk that fails in the middle does not say which file it was
+        raise
 
 
 @dataclass

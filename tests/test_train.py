@@ -512,7 +512,7 @@ def test_resume_settings(home: Path, straight: Path, tmp_path: Path) -> None:
             ({"hidden_size": 64, "max_steps": 99}, "hidden_size is 32 there, 64 here"),
             ({"vocab_size": 200}, "set vocab_size and seq_len alike"),
             ({"data_dir": tmp_path / "no_data"}, "no_data"),
-            ({"device": "warp"}, "device = 'warp' cannot be used here")):
+            ({"device": "cuda:99"}, "device = 'cuda:99' cannot be used here")):
         with pytest.raises(UserError, match=sentence):
             train.main(argv(home, settings.pop("run_dir", straight), **settings))
 
