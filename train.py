@@ -256,10 +256,9 @@ def gather_losses(run: TrainState, batch: Batch, losses: Tensor,
     # One all_gather for all, and of the losses themselves: so they are added in the order of the
     # batch, whoever has computed them.
     mine = torch.cat([torch.stack([losses, source], 1), wants[None].to(losses)])  # (n + 1, 2)
-    everyones = mine.repeat(world_size(), 1)  # (world * (n + 1), 2)
+    everyones = mine.repeat(world_size(), 1, 1)  # (world, n + 1, 2)
     if dist.is_initialized():
-        dist.all_gather_into_tensor(everyones, mine)
-    everyones = everyones.view(world_size(), *mine.shape)  # (world, n + 1, 2)
+        dist.all_gather([*everyones], mine)  # into the rows of `everyones`
     in_turn = everyones[:, :-1].unflatten(1, (-1, run.config.micro_batch_size))  # (world, m, B, 2)
     losses, source = in_turn.transpose(0, 1).reshape(-1, 2).unbind(1)  # (global batch,) each
     source = source.long()
