@@ -897,8 +897,11 @@ def main(argv: list[str]) -> None:
         except UserError:
             finish_save(run)
             raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"Step {run.step + 1}: {str(error).splitlines()[0]} Take a smaller"
+                            " micro_batch_size, or activation_checkpointing = 'full'.")
         except RuntimeError as error:
-            if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
+            if not dist.is_initialized():
                 raise
             raise name_missing_ranks(run, error)
         if run.stop_reason:

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -348,6 +349,8 @@ def set_value(values: dict[str, Any], key: str, value: Any, kind: type, where: s
     if type(value) is not kind:
         problems.append(f"{where}: {key} must be of type {kind.__name__}, found {value!r}"
                         f" ({type(value).__name__}).")
+    elif kind is str and ("\0" in value or value.encode("utf-8", "replace").decode() != value):
+        problems.append(f"{where}: {key} has characters that are no text, found {value!r}.")
     else:
         values[key] = value
 
@@ -543,6 +546,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             raise
         # A full disk does not say which file it was about.
         sentence = f"{error.filename or 'A file could not be written'}: {error.strerror}."
+    except Exception:
+        traceback.print_exc()
+        sentence = "This is a fault of the program: please report it, with the lines above."
     else:
         return
     if os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ:

@@ -152,6 +152,12 @@ def test_amber_7b_is_amber() -> None:
     assert 360 * 762 * c.tokens_per_step == pytest.approx(1258.5e9, rel=1e-4)
 
 
+def test_a_text_is_a_text(tmp_path: Path) -> None:
+    for value in (r"'a\0b'", r"'\udc80'"):
+        path = write(tmp_path, f"run_dir = {value}\n")
+        assert "run_dir has characters that are no text" in refusal([path])
+
+
 def test_torchruns_variables_fit_together() -> None:
     alone: dict[str, str] = {}
     whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
