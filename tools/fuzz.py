@@ -335,13 +335,14 @@ def play(home: Path, seed: int, case: int, show: bool) -> None:
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code)
+            problem = end.code if end.code.startswith("This is a fault") else ""
     except BaseException:
         problem = traceback.format_exc()
         print(problem)
     sys.stdout.flush()
     said = "" if show else Path("../output").read_text(errors="replace")
     # A traceback of a thread, or of a process of its own, ends nothing here.
-    if not problem and "Traceback (most recent" in said:
+    if "Traceback (most recent" in said:
         problem = said[said.index("Traceback (most recent") :]
     verdict.write("; ".join([*([problem] if problem else []), *dict.fromkeys(strays)]))
     verdict.close()
