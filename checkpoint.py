@@ -42,6 +42,7 @@ from data import (
     begin_unfinished,
     has_form,
     is_count,
+    is_inside,
     is_number,
     is_unfinished,
     read_json,
@@ -62,8 +63,6 @@ from tokenizer import Tokenizer, open_tokenizer
 FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a pickle
 # ckpt_007 is the checkpoint at the end of a chunk, step_0000123 a rolling one in between.
 NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")
-# The file names that a manifest may list: no "..", no "/" at the front, so none leads outside.
-FILE = re.compile(r"(train_state/)?\w[\w.-]*")
 TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
          "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -358,7 +357,7 @@ def is_published(path: Path) -> bool:
 MANIFEST = {
     "format": int, "step": is_count, "tokens": is_count, "chunk": is_count, "visit": is_count,
     "weights_sha256": str, "data_sha256": str, "chunk_sha256": str, "tensors": {str: str},
-    "files": lambda files: type(files) is dict and all(map(FILE.fullmatch, files)),
+    "files": lambda files: type(files) is dict and all(map(is_inside, files)),
     "config": dict, "environment": {"threads": is_count},
     "parent": {"checkpoint?": str, "weights_sha256?": str},
     "started_from": {"path?": str, "tokens?": lambda value: value is None or is_count(value)},

@@ -159,13 +159,20 @@ class Data:
 
     def validation(self, source: str) -> np.ndarray:
         """The validation sequences of a source, as `chunk`; UserError if it has none."""
-        for file in self.manifest["valid"]:
-            if file["source"] == source:
-                self.verify_file(file)
-                return self._sound(self._open(file), file)
-        names = ", ".join(self.validation_sources) or "no source"
-        raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has them"
-                        f" of {names}.")
+        if source not in self.validation_sources:
+            names = ", ".join(self.validation_sources) or "no source"
+            raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has"
+                            f" them of {names}.")
+        if source not in self._validation:  # a run asks for them many times
+            file = next(f for f in self.manifest["valid"] if f["source"] == source)
+            self.verify_file(file)
+            self._validation[source] = self._sound(self._open(file), file)
+        return self._validation[source]
+
+    @functools.cached_property
+    def _validation(self) -> dict[str, np.ndarray]:
+        """What `validation` has hashed and opened, by source."""
+        return {}
 
     def _open(self, file: dict[str, Any]) -> np.ndarray:
         # A .npy file has its type and length in its own header, and np.load believes it. They must
@@ -200,7 +207,7 @@ class Data:
         path = self.directory / file["file"]
         if not path.is_file():
             raise UserError(f"{path} is missing.")
-        if (found := sha256_once(path, path.stat().st_mtime_ns)) != file["sha256"]:
+        if (found := sha256_file(path)) != file["sha256"]:
             raise UserError(f"{path} differs: its sha256 is {found}, not {file['sha256']}.")
 
 
@@ -239,8 +246,8 @@ def load_data(directory: str | Path) -> Data:
         raise UserError(f"{directory} has no prepared data (no manifest.json): run"
                         " python prepare_data.py configs/NAME.py first.")
     manifest = read_json(path)
-    if manifest.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} is of format {manifest['format']}, this code reads {FORMAT}:"
+    if manifest and manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is of format {manifest.get('format')}, this code reads {FORMAT}:"
                         " prepare the data anew.")
     if wrong := [key for key in MANIFEST if not has_form(manifest, {key: MANIFEST[key]})]:
         raise UserError(f"{path} is damaged ({', '.join(wrong)}): prepare the data anew.")
@@ -384,12 +391,6 @@ def step_to_visit(schedule: list[Visit], step: int) -> tuple[Visit, int]:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@functools.lru_cache
-def sha256_once(path: Path, mtime_ns: int) -> str:
-    """`sha256_file`, remembered: a process reads its validation sequences many times."""
-    return sha256_file(path)
 
 
 def sha256_json(value: Any) -> str:

@@ -82,8 +82,7 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
             sums.append([float(nats), targets.size, float(token_bytes[targets].sum())])
         everyones = checkpoint.all_gather_object(sums) if world > 1 else [sums]
         # fsum rounds once, at its end: the order of the batches and processes does not matter.
-        batches = [batch for sums in everyones for batch in sums]
-        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*batches))
+        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*sum(everyones, [])))
         results[source] = text_figures(nats, tokens, n_bytes)
     return results
 

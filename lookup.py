@@ -133,7 +133,7 @@ def source_numbers(directory: Path, chunk: int) -> np.ndarray:
     shares = data.manifest["chunks"][chunk]["sources"]
     for k, entry in enumerate(data.manifest["sources"]):
         n_held_out = 0 if config.valid_documents else entry["valid_sequences"]
-        source = Source(k, [], [], entry["sequences"], n_held_out, entry["weight"], entry,
+        source = Source(k, [], [], entry["sequences"], n_held_out, entry.get("weight", 1), entry,
                         shares[entry["name"]])
         numbers.append(dealt_sequences(config, source, chunk))
     return np.concatenate(numbers)

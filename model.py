@@ -392,7 +392,8 @@ def check_memory(n_bytes: float, what: str, device: torch.device) -> None:
         n_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a machine share it
     if n_bytes > have:
         raise UserError(f"This model needs {n_bytes / 1e9:,.1f} GB here for its {what}, and there"
-                        f" are {have / 1e9:,.1f} GB: take a smaller one.")
+                        f" are {have / 1e9:,.1f} GB: take a smaller one, or share it among more"
+                        ' processes with parallel = "fsdp" (tools/dry_run.py says what it takes).')
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA:

@@ -36,6 +36,7 @@ def regular(path: str | Path) -> Path:
 
 
 def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file; every OSError names it."""
     try:
         return regular(path).read_bytes()
     except OSError as error:

@@ -334,7 +334,7 @@ def rewrite_manifest(path: Path) -> None:
     manifest.pop("sha256")
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
-        if file.is_file() and name != "manifest.json" and ckpt.FILE.fullmatch(name):
+        if file.is_file() and name != "manifest.json":
             manifest["files"][name] = sha256_file(file)
     write_json(path / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
 

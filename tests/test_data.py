@@ -180,6 +180,9 @@ def test_no_data_and_no_manifest(data: Data, tmp_path: Path) -> None:
     path.write_text(json.dumps(whole | {"format": 1}))
     with pytest.raises(UserError, match="format 1, this code reads 2"):
         load_data(data.directory)
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != "format"}))
+    with pytest.raises(UserError, match="format None, this code reads 2"):
+        load_data(data.directory)
     for key in ("chunks", "tokenizer", "valid", "seq_len", "sources", "settings"):
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
         with pytest.raises(UserError, match=f"is damaged .*{key}"):

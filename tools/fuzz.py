@@ -42,7 +42,6 @@ import lookup  # noqa: E402
 import memorize  # noqa: E402
 import prepare_data  # noqa: E402
 import train  # noqa: E402
-from checkpoint import FILE  # noqa: E402
 from configs import CHOICES, Config, run_command  # noqa: E402
 from data import sha256_file, sha256_json  # noqa: E402
 
@@ -254,10 +253,9 @@ def forge_hashes() -> None:
                         entry["sha256"] = sha256_file(file.parent / entry["file"])
             else:
                 manifest.pop("sha256", None)
-                names = {path.relative_to(file.parent).as_posix(): path
-                         for path in file.parent.rglob("*") if path.is_file() and path != file}
-                manifest["files"] = {name: sha256_file(path) for name, path in names.items()
-                                     if FILE.fullmatch(name)}
+                manifest["files"] = {
+                    path.relative_to(file.parent).as_posix(): sha256_file(path)
+                    for path in file.parent.rglob("*") if path.is_file() and path != file}
                 manifest["sha256"] = sha256_json(manifest)
             file.write_text(json.dumps(manifest))
 
@@ -405,7 +403,8 @@ def main() -> None:
             raise SystemExit("The run that the cases alter could not be made.")
         if a.case >= 0:
             print(run_case((home, a.seed, a.case, a.seconds, True))[1])
-            input(f"{top} is there until Enter is pressed.") if sys.stdin.isatty() else None
+            if sys.stdin.isatty():
+                input(f"{top} is there until Enter is pressed.")
             return
         jobs = [(home, a.seed, case, a.seconds, False) for case in range(a.cases)]
         kinds, wrong = collections.Counter(), 0
