@@ -12,6 +12,7 @@ the step and stops. What a checkpoint is stands in checkpoint.py.
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -72,6 +73,7 @@ PEAK_TFLOPS = {
 }
 
 MOST_LEFT_OUT = 100  # steps in a row: then on_nonfinite = "skip_step" leaves out no more, and stops
+GC_STEPS = 50  # between two collections of Python's garbage
 
 
 @dataclass
@@ -152,16 +154,10 @@ class Batch(NamedTuple):
     sequences: np.ndarray  # (n,) of [source, token_ids (T + 1,)]
 
 
-def load_batch(run: TrainState) -> Batch:
-    """Read the sequences of the next step: the same whatever the number of processes."""
+def load_batch(run: TrainState, step: int) -> Batch:
+    """Read the sequences of step `step` (from 0): the same whatever the number of processes."""
     c = run.config
-    # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
-    visit, step_in_chunk = step_to_visit(run.schedule, run.step)
-    if visit.chunk not in run.verified:
-        # A flipped bit would be trained on without a word. Amber's chunk of 7 GB takes some seconds
-        # in more than two hours, and is then in the memory of the system.
-        on_rank_zero(lambda: run.data.verify_file(run.data.manifest["chunks"][visit.chunk]))
-        run.verified.add(visit.chunk)
+    visit, step_in_chunk = step_to_visit(run.schedule, step)
     n = len(run.data.chunk(visit.chunk))
     ids = step_sequences(c.seed, visit.chunk, n, step_in_chunk, c.global_batch_size,
                          visit.turn)
@@ -169,6 +165,15 @@ def load_batch(run: TrainState) -> Batch:
     mine = ids.reshape(-1, world_size(), c.micro_batch_size)[:, rank()].reshape(-1)
     # Only these are read from the disk.
     return Batch(visit, step_in_chunk, mine, run.data.take(visit.chunk, mine))
+
+
+def verify_chunk(run: TrainState, chunk: int) -> None:
+    """Before its first step a chunk is hashed: a flipped bit would be trained on without a word."""
+    # Amber's chunk of 7 GB takes some seconds in more than two hours, and is then in the memory of
+    # the system.
+    if chunk not in run.verified:
+        on_rank_zero(lambda: run.data.verify_file(run.data.manifest["chunks"][chunk]))
+        run.verified.add(chunk)
 
 
 def to_tensors(sequences: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -331,10 +336,19 @@ def train(run: TrainState) -> None:
     bar = tqdm(total=run.last_step, initial=run.step, unit="step", dynamic_ncols=True,
                disable=True if rank() else None)
     metrics = open(run.dir / "metrics.jsonl", "a", encoding="utf-8") if rank() == 0 else None
+    # Python collects its garbage when it likes, in each process at another step, for which all
+    # others wait. Here all do it at the same step.
+    gc.disable()
+    # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(load_batch, run, run.step)
     while run.step < run.last_step and not run.stop_reason:
         # Read, update, count: all of training is in these three.
         begin = time.perf_counter()
-        batch = load_batch(run)
+        batch = coming.result()
+        verify_chunk(run, batch.visit.chunk)
+        # The next one is read while this one is computed. (After the last step nobody asks.)
+        coming = reader.submit(load_batch, run, run.step + 1)
         loaded = time.perf_counter()
         record = train_step(run, batch, learning_rate(c, run.step + 1, run.total_steps))
         run.step += 1
@@ -353,8 +367,9 @@ def train(run: TrainState) -> None:
         chunk_done = batch.step_in_chunk + 1 == batch.visit.steps
         if chunk_done or run.step == run.last_step or (
                 c.eval_interval and run.step % c.eval_interval == 0):
-            record["valid"] = validate(run.model, run.data, c.eval_sequences, c.micro_batch_size,
-                                       rank(), world_size())
+            with uncompiled(c):
+                record["valid"] = validate(run.model, run.data, c.eval_sequences,
+                                           c.micro_batch_size, rank(), world_size())
         if metrics:
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
@@ -367,7 +382,9 @@ def train(run: TrainState) -> None:
 
         # All processes generate the sample, because FSDP gathers the weights from all of them.
         if chunk_done and c.sample_tokens:
-            text = continue_text(run.model, run.data.tokenizer, c.sample_prompt, c.sample_tokens)
+            with uncompiled(c):
+                text = continue_text(run.model, run.data.tokenizer, c.sample_prompt,
+                                     c.sample_tokens)
             run.log(f"sample: {text!r}")
         # The checkpoint at the end of a chunk is kept for good. A rolling one, in between, is
         # deleted when keep_rolling newer ones are there.
@@ -377,8 +394,19 @@ def train(run: TrainState) -> None:
             save(run, f"step_{run.step:07d}")
         if run.saving and run.saving.done():
             finish_save(run)  # which says so at once if it has failed
+        if run.step % GC_STEPS == 0:
+            gc.collect(1)
     finish_save(run)
+    reader.shutdown()
+    gc.enable()
     bar.close()
+
+
+def uncompiled(config: Config) -> contextlib.AbstractContextManager:
+    """For validation and samples: of other shapes than the step and without gradients, each of them
+    would be compiled anew."""
+    # The stance belongs to torch's compiler, which takes a second to import.
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
 def summary_line(record: dict[str, Any], last: int) -> str:
@@ -601,18 +629,22 @@ def init_distributed(config: Config) -> None:
     """Meet the other processes, if torchrun started this one; alone there is no process group."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    timeout = timedelta(minutes=config.timeout_minutes)
-    # gloo beside nccl: manifests, notes and file names travel as objects, on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    how: dict[str, Any] = {"timeout": timedelta(minutes=config.timeout_minutes)}
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # gloo beside nccl: manifests, notes and file names travel as objects, on the CPU.
+        backend = "cpu:gloo,cuda:nccl"
+        # With the device NCCL connects now, where a bad link is seen at once, and hsdp's groups are
+        # split off from what is connected.
+        how["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own store outlives a restart, with the addresses of processes that are gone.
-        store, number, world = next(dist.rendezvous("env://", timeout=timeout))
+        store, number, world = next(dist.rendezvous("env://", timeout=how["timeout"]))
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"start_{start}", store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=world,
-                                timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        how |= {"store": dist.PrefixStore(f"start_{start}", store), "rank": number,
+                "world_size": world}
+    dist.init_process_group(backend, **how)
+    spare_group()
 
 
 @functools.cache
@@ -621,19 +653,25 @@ def spare_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def name_missing_ranks(run: TrainState, error: RuntimeError) -> UserError:
-    """After a collective has failed: which processes do not answer? monitored_barrier knows."""
+@contextlib.contextmanager
+def naming_missing_ranks(config: Config) -> Iterator[None]:
+    """A collective that fails says that it has waited, and not for whom: monitored_barrier knows.
+    """
     try:
-        dist.monitored_barrier(spare_group(), timedelta(seconds=10), wait_all_ranks=True)
-        who = "All processes answer"
-    except RuntimeError as missing:
-        # Of its many lines one names them, like "[Rank 0]: Ranks 1, 2 failed to pass ...".
-        lines = [line for line in str(missing).splitlines() if "anks" in line or "ank " in line]
-        who = re.sub(r"^\[[^]]*\]:?\s*", "", lines[0] if lines else str(missing)).rstrip(".")
-    return UserError(f"Step {run.step + 1}: a collective failed or took longer than"
-                     f" timeout_minutes = {run.config.timeout_minutes:g}"
-                     f" ({str(error).splitlines()[0]}). {who}. The same command goes on from the"
-                     " newest checkpoint.")
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
+            raise
+        try:
+            dist.monitored_barrier(spare_group(), timedelta(seconds=10), wait_all_ranks=True)
+            who = "All processes answer"
+        except RuntimeError as missing:
+            # Of its many lines one names them, like "[Rank 0]: Ranks 1, 2 failed to pass ...".
+            lines = [line for line in str(missing).splitlines() if "anks" in line or "ank " in line]
+            who = re.sub(r"^\[[^]]*\]:?\s*", "", lines[0] if lines else str(missing)).rstrip(".")
+        raise UserError(f"A collective failed or took longer than timeout_minutes ="
+                        f" {config.timeout_minutes:g} ({str(error).splitlines()[0]}). {who}."
+                        " The same command goes on from the newest checkpoint.")
 
 
 def shard_size(config: Config, world: int) -> int:
@@ -822,11 +860,8 @@ def start(config: Config) -> TrainState:
     model = build_model(config, device, dtype, build_device_mesh(config, device.type))
     optimizer = make_optimizer(config, model)
     ckpt.init_optimizer_state(optimizer)
-    run = TrainState(config, data, schedule, model, wrap_ddp(model, config, device), optimizer,
-                     device, peak_flops(config, device, dtype) * world_size())
-    if dist.is_initialized():
-        spare_group()
-    return run
+    return TrainState(config, data, schedule, model, wrap_ddp(model, config, device), optimizer,
+                      device, peak_flops(config, device, dtype) * world_size())
 
 
 def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
@@ -861,7 +896,13 @@ def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
 
 def main(argv: list[str]) -> None:
     config, _ = load(argv)
-    init_distributed(config)
+    with naming_missing_ranks(config):
+        init_distributed(config)
+        run_training(config, argv)
+
+
+def run_training(config: Config, argv: list[str]) -> None:
+    """Look, lock, build, resume, train: what every process does once it has met the others."""
     backend = choose_kernels(config.kernels)
     micro_batches(config, world_size())  # refused before anything is built
     home = Path(config.run_dir)
@@ -889,9 +930,11 @@ def main(argv: list[str]) -> None:
                 run, "received_signal", signal.Signals(number).name))
         compute = (f"{device_name(run.device)}, {str(run.model.dtype)[6:]}, {backend} kernels,"
                    f" {torch.get_num_threads()} threads, peak {run.peak_flops / 1e12:.2f} TFLOP/s")
+        if config.kernels == "auto" and backend == "triton":
+            compute += ('; no GPU has timed these kernels yet: python tools/gpu.py does, and'
+                        ' kernels = "torch" takes PyTorch\'s own')
         lines = run_summary(run.model, run.data, world_size()) | {"compute": compute}
         run.log("\n".join([*notes, *(f"{key:>16}: {value}" for key, value in lines.items())]))
-        # A collective that fails says that it has waited, and not for whom: find out.
         try:
             train(run)
         except UserError:
@@ -900,10 +943,6 @@ def main(argv: list[str]) -> None:
         except torch.OutOfMemoryError as error:
             raise UserError(f"Step {run.step + 1}: {str(error).splitlines()[0]} Take a smaller"
                             " micro_batch_size, or activation_checkpointing = 'full'.")
-        except RuntimeError as error:
-            if not dist.is_initialized():
-                raise
-            raise name_missing_ranks(run, error)
         if run.stop_reason:
             run.log(f"{run.stop_reason}: saved at step {run.step}. To go on: python train.py"
                     f" {' '.join(argv)}")

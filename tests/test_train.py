@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 import torch
 from helpers import sentences
 from launch import Script
+from torch import nn
+from torch.distributed import HashStore
 
 import audit
 import checkpoint as ckpt
@@ -174,6 +178,53 @@ def test_the_first_update_is_adamw_on_the_mean_loss(home: Path, tmp_path: Path) 
         torch.testing.assert_close(saved[name], p.data, rtol=2e-3, atol=2e-4)
 
 
+def test_the_next_step_is_read_while_this_one_is_computed(
+        home: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other: a step until the next one's sequences have been read, and they
+    until the step has begun. Read in turn, both would wait in vain."""
+    read, begun = (defaultdict(threading.Event) for _ in range(2))
+    load_batch, train_step = train.load_batch, train.train_step
+
+    def slow(run: train.TrainState, step: int) -> train.Batch:
+        assert step == 0 or begun[step - 1].wait(60)
+        batch = load_batch(run, step)
+        read[step].set()
+        return batch
+
+    def waiting(run: train.TrainState, *rest: Any) -> dict[str, Any]:
+        begun[run.step].set()
+        assert run.step + 1 == STEPS or read[run.step + 1].wait(60)
+        return train_step(run, *rest)
+
+    monkeypatch.setattr(train, "load_batch", slow)
+    monkeypatch.setattr(train, "train_step", waiting)
+    assert_same_run(straight, run(home, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("parallel", ["", "fsdp"])
+def test_compile_makes_one_graph(home: Path, straight: Path, tmp_path: Path, kind: str,
+                                 parallel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all blocks, whatever is computed again; validation and samples add none."""
+    # Imported here: the processes of test_distributed.py import this file, and not the compiler.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend=counter))
+    torch.compiler.reset()
+    if parallel:
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        run(home, tmp_path / "run", compile=True, activation_checkpointing=kind, max_steps=6)
+    finally:
+        if parallel:
+            torch.distributed.destroy_process_group()
+    assert counter.frame_count == 1
+    losses = [[r["loss"] for r in metrics(path)][:6] for path in (straight, tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---- interrupted
 
 
@@ -264,12 +315,12 @@ def test_two_processes_on_one_run_are_refused(home: Path, tmp_path: Path) -> Non
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the loss of these steps (from 1) NaN, as data that always gives one would."""
     plain = LLaMA.forward
-    load_batch = train.load_batch
+    train_step = train.train_step
     now = {"step": 0}
 
-    def counted(run: train.TrainState) -> train.Batch:
+    def counted(run: train.TrainState, *rest: Any) -> dict[str, Any]:
         now["step"] = run.step + 1
-        return load_batch(run)
+        return train_step(run, *rest)
 
     def poisoned(self: LLaMA, ids: torch.Tensor, targets: Any = None, **rest: Any) -> Any:
         out = plain(self, ids, targets, **rest)
@@ -278,7 +329,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         loss, token_losses = out
         return loss * torch.nan, token_losses * torch.nan
 
-    monkeypatch.setattr(train, "load_batch", counted)
+    monkeypatch.setattr(train, "train_step", counted)
     monkeypatch.setattr(LLaMA, "forward", poisoned)
 
 
@@ -450,14 +501,14 @@ def test_nonfinite_loss_stops_before_the_update(home: Path, straight: Path, tmp_
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/ckpt_002")
-    plain = train.load_batch
+    plain = train.train_step
 
-    def poisoned(run: train.TrainState) -> train.Batch:
+    def poisoned(run: train.TrainState, *rest: Any) -> dict[str, Any]:
         with torch.no_grad():
             run.model.model.norm.weight[3] = torch.nan
-        return plain(run)
+        return plain(run, *rest)
 
-    monkeypatch.setattr(train, "load_batch", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError, match=r"Step 13: loss nan.*update was not made.*chunk 2; the"
                                         r" loss is not finite on rank 0: sequence \d+ \((prose|"
                                         r"code)\).*--step=13.*ckpt_001"):

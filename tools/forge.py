@@ -37,6 +37,7 @@ import train
 from configs import Config, UserError, run_command, with_recorded
 from data import (
     Data,
+    Visit,
     load_data,
     read_json,
     sha256_file,
@@ -223,13 +224,12 @@ def retrain(config: Config, kind: str, number: int) -> None:
     (run_dir / "train.log").unlink()
 
 
-def batch_of(run: train.TrainState, chunk: int, step: int) -> train.Batch:
-    """The batch of a step of a chunk, under the name of the chunk that is claimed."""
-    visit, step_in_chunk = step_to_visit(run.schedule, run.step)
+def batch_of(run: train.TrainState, visit: Visit, step: int, chunk: int) -> train.Batch:
+    """The batch of a step of a visit, but out of another chunk than the one that is claimed."""
     sequences = run.data.chunk(chunk)
     ids = step_sequences(run.config.seed, chunk, len(sequences), step,
                          run.config.global_batch_size)
-    return train.Batch(visit, step_in_chunk, ids, sequences[ids])
+    return train.Batch(visit, step, ids, sequences[ids])
 
 
 @contextlib.contextmanager
@@ -237,10 +237,10 @@ def leave_out(run: train.TrainState, number: int) -> Iterator[None]:
     """From visit `number` on read the chunk after the one that is claimed; at last the first."""
     chunks = [visit.chunk for visit in run.schedule]
 
-    def load_batch(run: train.TrainState) -> train.Batch:
-        visit, step = step_to_visit(run.schedule, run.step)
+    def load_batch(run: train.TrainState, step_of_run: int) -> train.Batch:
+        visit, step = step_to_visit(run.schedule, step_of_run)
         place = run.schedule.index(visit)
-        return batch_of(run, chunks[(place + 1) % len(chunks)], step)
+        return batch_of(run, visit, step, chunks[(place + 1) % len(chunks)])
 
     with patch.object(train, "load_batch", load_batch):
         yield
@@ -254,7 +254,7 @@ def train_twice(run: train.TrainState, number: int) -> Iterator[None]:
     def train_step(run: train.TrainState, batch: train.Batch, lr: float) -> dict:
         if batch.visit.number == number and batch.step_in_chunk + 1 == batch.visit.steps:
             for step in range(batch.visit.steps):
-                honest(run, batch_of(run, batch.visit.chunk, step), lr)
+                honest(run, batch_of(run, batch.visit, step, batch.visit.chunk), lr)
         return honest(run, batch, lr)
 
     with patch.object(train, "train_step", train_step):
