@@ -335,7 +335,6 @@ def train(run: TrainState) -> None:
     c = run.config
     bar = tqdm(total=run.last_step, initial=run.step, unit="step", dynamic_ncols=True,
                disable=True if rank() else None)
-    metrics = open(run.dir / "metrics.jsonl", "a", encoding="utf-8") if rank() == 0 else None
     # Python collects its garbage when it likes, in each process at another step, for which all
     # others wait. Here all do it at the same step.
     gc.disable()
@@ -352,15 +351,9 @@ def train(run: TrainState) -> None:
         loaded = time.perf_counter()
         record = train_step(run, batch, learning_rate(c, run.step + 1, run.total_steps))
         run.step += 1
-        run.left_out = run.left_out + 1 if "skipped" in record else 0
-        if run.step == 1 and record.get("grad_norm") == 0:
-            raise UserError("Step 1: the gradient is exactly 0, so nothing can be learned: some"
-                            " factor of the settings is too large or too small for float32.")
-        tokens_per_s = c.tokens_per_step / (time.perf_counter() - begin)
         record = {"step": run.step, "chunk": batch.visit.chunk,
                   "tokens": run.step * c.tokens_per_step, **record,
-                  "tokens_per_s": round(tokens_per_s), "mfu": mfu(run, tokens_per_s),
-                  "memory_gb": memory_gb(run), "data_s": round(loaded - begin, 5)}
+                  **speed(run, time.perf_counter() - begin), "data_s": round(loaded - begin, 5)}
 
         # Validation draws no random numbers and moves no position: a run that validates more often
         # is the same run.
@@ -370,16 +363,7 @@ def train(run: TrainState) -> None:
             with uncompiled(c):
                 record["valid"] = validate(run.model, run.data, c.eval_sequences,
                                            c.micro_batch_size, rank(), world_size())
-        if metrics:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-        bar.update()
-        bar.set_postfix_str(f"loss {record.get('loss', math.nan):.3f},"
-                            f" {record['tokens_per_s']:,} tok/s, mfu {record['mfu']:.1%}")
-        # metrics.jsonl has every step; the log has the first few, to see that the run is sound.
-        if run.step <= 3 or "valid" in record:
-            run.log(summary_line(record, run.last_step))
-
+        log_step(run, record, bar)
         # All processes generate the sample, because FSDP gathers the weights from all of them.
         if chunk_done and c.sample_tokens:
             with uncompiled(c):
@@ -397,9 +381,27 @@ def train(run: TrainState) -> None:
         if run.step % GC_STEPS == 0:
             gc.collect(1)
     finish_save(run)
-    reader.shutdown()
     gc.enable()
+    reader.shutdown()
     bar.close()
+
+
+def log_step(run: TrainState, record: dict[str, Any], bar: tqdm) -> None:
+    """A line of metrics.jsonl, the bar, and of some steps a line of train.log; and a step that
+    could not teach anything is refused."""
+    run.left_out = run.left_out + 1 if "skipped" in record else 0
+    if run.step == 1 and record.get("grad_norm") == 0:
+        raise UserError("Step 1: the gradient is exactly 0, so nothing can be learned: some"
+                        " factor of the settings is too large or too small for float32.")
+    if rank() == 0:
+        with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    bar.update()
+    bar.set_postfix_str(f"loss {record.get('loss', math.nan):.3f},"
+                        f" {record['tokens_per_s']:,} tok/s, mfu {record['mfu']:.1%}")
+    # metrics.jsonl has every step; the log has the first few, to see that the run is sound.
+    if run.step <= 3 or "valid" in record:
+        run.log(summary_line(record, run.last_step))
 
 
 def uncompiled(config: Config) -> contextlib.AbstractContextManager:
@@ -423,9 +425,12 @@ def summary_line(record: dict[str, Any], last: int) -> str:
     return text
 
 
-def mfu(run: TrainState, tokens_per_s: float) -> float:
-    """Model FLOPs utilization: the share of the devices' peak that the model's own FLOPs make."""
-    return round(tokens_per_s * run.flops_per_token / run.peak_flops, 4)
+def speed(run: TrainState, seconds: float) -> dict[str, float]:
+    """Of a step that took so long: tokens per second, MFU, and the memory of this process."""
+    tokens_per_s = run.config.tokens_per_step / seconds
+    # Model FLOPs utilization: the share of the devices' peak that the model's own FLOPs make.
+    mfu = tokens_per_s * run.flops_per_token / run.peak_flops
+    return {"tokens_per_s": round(tokens_per_s), "mfu": round(mfu, 4), "memory_gb": memory_gb(run)}
 
 
 def memory_gb(run: TrainState) -> float:
