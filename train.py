@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -649,34 +648,37 @@ def init_distributed(config: Config) -> None:
         how |= {"store": dist.PrefixStore(f"start_{start}", store), "rank": number,
                 "world_size": world}
     dist.init_process_group(backend, **how)
-    spare_group()
-
-
-@functools.cache
-def spare_group() -> dist.ProcessGroup:
-    """A second group of all processes: after a collective has failed its own is of no use."""
-    return dist.new_group(backend="gloo")
 
 
 @contextlib.contextmanager
 def naming_missing_ranks(config: Config) -> Iterator[None]:
-    """A collective that fails says that it has waited, and not for whom: monitored_barrier knows.
-    """
+    """A collective that fails says that it has waited, and not for whom: find out."""
     try:
         yield
     except RuntimeError as error:
         if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
             raise
-        try:
-            dist.monitored_barrier(spare_group(), timedelta(seconds=10), wait_all_ranks=True)
-            who = "All processes answer"
-        except RuntimeError as missing:
-            # Of its many lines one names them, like "[Rank 0]: Ranks 1, 2 failed to pass ...".
-            lines = [line for line in str(missing).splitlines() if "anks" in line or "ank " in line]
-            who = re.sub(r"^\[[^]]*\]:?\s*", "", lines[0] if lines else str(missing)).rstrip(".")
+        missing = missing_ranks()
+        who = ("All processes answer" if not missing else f"Of ranks 0 to {world_size() - 1}"
+               f" {', '.join(map(str, missing))} did not answer: ended, frozen, or waiting for one"
+               " that is")
         raise UserError(f"A collective failed or took longer than timeout_minutes ="
                         f" {config.timeout_minutes:g} ({str(error).splitlines()[0]}). {who}."
                         " The same command goes on from the newest checkpoint.")
+
+
+def missing_ranks(seconds: float = 5) -> list[int]:
+    """After a collective has failed: the processes in which none fails within `seconds`."""
+    # Each process writes its number into the store, which needs none of the groups that failed.
+    store, give_up = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+    missing = []
+    for r in range(world_size()):
+        try:
+            store.set(f"answers_{rank()}", "")
+            store.wait([f"answers_{r}"], timedelta(seconds=max(0.1, give_up - time.monotonic())))
+        except RuntimeError:
+            missing.append(r)
+    return missing
 
 
 def shard_size(config: Config, world: int) -> int:
