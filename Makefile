@@ -4,6 +4,7 @@
 # make test    the tests
 # make ablation  three learning rates x two seeds, then a table: which differences are more than chance
 # make bench   speed against other code, as ratios
+# make gpu     what one GPU says of the kernels, of 7B steps and of replays, in nine minutes
 # make clean   remove data/ and runs/
 CONFIG ?= configs/amber_tiny.py
 PYTHON ?= python3
@@ -28,10 +29,14 @@ crystal: .venv/run.installed
 
 test: .venv/dev.installed
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest -n 2
+	@$(PY) -m pytest -n 3 --dist=worksteal
 
 bench: .venv/dev.installed
 	@$(PY) tools/bench_cpu.py
+
+# With what is there: a machine with a GPU may reach no package index.
+gpu:
+	@$(firstword $(wildcard $(PY)) $(PYTHON)) tools/gpu.py
 
 ablation: .venv/run.installed
 	@$(PY) prepare_data.py configs/ablation.py
@@ -57,5 +62,5 @@ ablation: .venv/run.installed
 clean:
 	rm -rf data runs
 
-.PHONY: run crystal test bench ablation clean
+.PHONY: run crystal test bench gpu ablation clean
 .DELETE_ON_ERROR:

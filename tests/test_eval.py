@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import sentences
+from launch import ranks
 from test_train import argv, damage, home, straight  # noqa: F401
 from test_train import run as train_run
 
@@ -374,13 +374,10 @@ def test_processes_share_the_work(home: Path, straight: Path, tmp_path: Path) ->
     alone = shutil.copytree(straight, tmp_path / "alone")
     evaluation.main(argv(home, alone, checkpoints="0,2"))
     together = shutil.copytree(straight, tmp_path / "together")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
-         f"--master_port={29500 + os.getpid() % 1000}", "eval.py",
-         *argv(home, together, checkpoints="0,2")], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(evaluation.__file__).parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation prose: loss") == 1
+    four = ranks(4, "eval.py", *argv(home, together, checkpoints="0,2"), OMP_NUM_THREADS=1)
+    texts = [process.communicate(timeout=120)[0] for process in four]
+    assert [process.returncode for process in four] == [0] * 4, texts
+    assert "".join(texts).count("validation prose: loss") == 1
     a, b = ({json.dumps(r["of"]): r["result"] for r in ckpt.read_records(p / "eval.jsonl")}
             for p in (alone, together))
     assert a == b and len(ckpt.read_records(together / "eval.jsonl")) == len(a)

@@ -1,5 +1,7 @@
 """The loop: same bits however it is interrupted, nothing lost, nothing half-written."""
 
+import errno
+import fcntl
 import json
 import random
 import resource
@@ -307,6 +309,15 @@ def test_two_processes_on_one_run_are_refused(home: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is in use by another process"):
         run(home, tmp_path / "run")
     lock.close()
+
+
+def test_a_file_system_without_locks_stops_no_run(tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    lock_directory(tmp_path).close()
 
 
 # ---- a chunk or a step left out

@@ -44,7 +44,7 @@ def their_matches(theirs: LlamaForCausalLM, sequences: Tensor, batch: int) -> Te
     """Where the text of `generate` agrees with the sequences (n, K + L): bool (n, L)."""
     texts = []
     for part in sequences.split(batch):
-        text = theirs.generate(part[:, :K], attention_mask=torch.ones(len(part), K),
+        text = theirs.generate(part[:, :K], attention_mask=torch.ones_like(part[:, :K]),
                                max_new_tokens=L, do_sample=False)
         texts.append(text[:, K:])
     return torch.cat(texts) == sequences[:, K:]
@@ -69,18 +69,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=40, help="or the batch, if it is more")
     parser.add_argument("--batches", default="1,8,40,250")
+    parser.add_argument("--device", default="cpu")
     flags = parser.parse_args(argv)
     tune_cpu(0)
     config, _ = load([flags.config])
     ours = LLaMA(config)
     ours.init_weights(0)
-    theirs = hugging_face(ours)
+    theirs = hugging_face(ours).to(flags.device)
+    ours.to(flags.device)
     print(f"{flags.config}: {meta_model(config).n_params:,} parameters, k = l = {K},"
           f" {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("batch  sequences  memorized   generate   memorize  ratio")
     for batch in map(int, flags.batches.split(",")):
         for share in (0.0, 0.9, 1.0):
             sequences = make_sequences(ours, max(batch, flags.sequences), share, batch)
+            sequences = sequences.to(flags.device)
             if not torch.equal(their_matches(theirs, sequences, batch),
                                our_matches(ours, sequences, batch)):
                 raise UserError("The scores differ: there is a fault in one of the two.")

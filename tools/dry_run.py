@@ -100,15 +100,15 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
     steps = int(lines["steps"].split(" ")[0].replace(",", ""))
     peak, per_token = config.peak_tflops or 312, model.flops_per_token(config.seq_len)
     tokens_per_s = mfu * peak * 1e12 * world / per_token
-    days = steps * config.tokens_per_step / tokens_per_s / 86400
+    hours = steps * config.tokens_per_step / tokens_per_s / 3600
     six_n = mfu * 6 * model.n_params / per_token
     weights = 4 * model.n_params
     n = len(data.manifest["chunks"]) if data else config.n_chunks
     kept = min(n, config.keep_train_state or n)
     lines |= {
-        "time": (f"{days:.1f} days at " if steps else "") + f"{tokens_per_s:,.0f} tokens/s, if MFU"
-                f" is {mfu:.1%} ({six_n:.1%} by 6 FLOPs a parameter) of {peak:g} TFLOP/s (--mfu=,"
-                " --peak_tflops=)",
+        "time": (f"{hours / 24:.1f} days, {hours * world:,.0f} GPU hours at " if steps else "")
+                + f"{tokens_per_s:,.0f} tokens/s, if MFU is {mfu:.1%} ({six_n:.1%} by 6 FLOPs a"
+                f" parameter) of {peak:g} TFLOP/s (--mfu=, --peak_tflops=)",
         "checkpoint": f"{weights / 1e9:.1f} GB of weights, {2 * weights / 1e9:.1f} GB of optimizer"
                       f" state; {3 * weights / world / 1e9:.2f} GB of host memory per process while"
                       f" it is written, {3 * weights / 1e9:,.0f} s at 1 GB/s in all",
@@ -121,7 +121,8 @@ def dry_run(config: Config, world: int, mfu: float) -> str:
         text.append(f"{kind:>30} {n_bytes / 1e9:9.2f}")
     text.append(f"{'in all':>30} {sum(memory.values()) / 1e9:9.2f}")
     text.append(f"(measured: the model itself, {str(dtype)[6:]}, {backend} kernels, activation"
-                f" checkpointing {config.activation_checkpointing!r}, in tensors without memory)")
+                f" checkpointing {config.activation_checkpointing!r}, in tensors without memory"
+                f"{', not compiled' * config.compile})")
     return "\n".join(text)
 
 
