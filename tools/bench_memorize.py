@@ -3,9 +3,10 @@
     python tools/bench_memorize.py [--config=configs/amber_tiny.py --rounds=5 --batches=1,8,40,250]
 
 It prints a line for each batch and each share of memorized sequences: those are the model's own
-greedy text, and need no decoding; at 0 % both programs must decode everything. The weights are
-random, of the config's shape, in float32. The agreeing positions must be equal, or the benchmark
-fails.
+greedy text, and need no decoding; at 0 % both programs must decode everything. Both find the same
+two things: where greedy text agrees with a sequence, and the log-probability of its end, for which
+transformers needs a pass of its own. The weights are random, of the config's shape, in float32.
+The results must be equal, or the benchmark fails.
 """
 
 import argparse
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs import UserError, load, run_command
@@ -40,18 +42,25 @@ def hugging_face(ours: LLaMA) -> LlamaForCausalLM:
     return theirs.eval()
 
 
-def their_matches(theirs: LlamaForCausalLM, sequences: Tensor, batch: int) -> Tensor:
-    """Where the text of `generate` agrees with the sequences (n, K + L): bool (n, L)."""
-    texts = []
+@torch.inference_mode()
+def their_matches(theirs: LlamaForCausalLM, sequences: Tensor, batch: int
+                  ) -> tuple[Tensor, Tensor]:
+    """Where the text of `generate` agrees with the sequences (n, K + L): bool (n, L); and the
+    log-probability of their last L tokens (n,)."""
+    texts, log_p = [], []
     for part in sequences.split(batch):
         text = theirs.generate(part[:, :K], attention_mask=torch.ones_like(part[:, :K]),
                                max_new_tokens=L, do_sample=False)
         texts.append(text[:, K:])
-    return torch.cat(texts) == sequences[:, K:]
+        logits = theirs(part[:, :-1], logits_to_keep=L).logits  # (n, L, V)
+        losses = F.cross_entropy(logits.transpose(1, 2), part[:, K:], reduction="none")  # (n, L)
+        log_p.append(-losses.sum(1))
+    return torch.cat(texts) == sequences[:, K:], torch.cat(log_p)
 
 
-def our_matches(ours: LLaMA, sequences: Tensor, batch: int) -> Tensor:
-    return torch.cat([greedy_matches(ours, part, K)[0] for part in sequences.split(batch)])
+def our_matches(ours: LLaMA, sequences: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    parts = [greedy_matches(ours, part, K) for part in sequences.split(batch)]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def make_sequences(ours: LLaMA, n: int, share: float, batch: int) -> Tensor:
@@ -84,8 +93,8 @@ def main(argv: list[str]) -> None:
         for share in (0.0, 0.9, 1.0):
             sequences = make_sequences(ours, max(batch, flags.sequences), share, batch)
             sequences = sequences.to(flags.device)
-            if not torch.equal(their_matches(theirs, sequences, batch),
-                               our_matches(ours, sequences, batch)):
+            a, b = their_matches(theirs, sequences, batch), our_matches(ours, sequences, batch)
+            if not (torch.equal(a[0], b[0]) and torch.allclose(a[1], b[1], rtol=1e-4)):
                 raise UserError("The scores differ: there is a fault in one of the two.")
             slow, fast, ratios = [], [], []
             # The two take turns, so that what else the machine does meets both alike.
