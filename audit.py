@@ -26,11 +26,11 @@ from tqdm import tqdm
 import checkpoint as ckpt
 import replay
 import train
-from checkpoint import all_gather_object, rank, world_size
 from configs import Config, UserError, load, run_command, with_recorded
 from data import Data, Visit, load_data, read_json, step_sequences, write_json
 from memorize import ages, choose_chunks, chunk_numbers, double_center, sequence_losses
 from model import build_for_inference, choose_kernels
+from parallel import all_gather_object, init_distributed, rank, world_size
 
 # What others' checkpoints carry beside weights; it is the same at every step.
 CONSTANT = re.compile(r"rotary_emb|attn\.(masked_)?bias$")
@@ -73,7 +73,7 @@ class Report:
 
 def audit(config: Config, flags: Flags) -> Report:
     """All checks but the replay, the cheapest first."""
-    train.init_distributed(config)
+    init_distributed(config)
     data, report = load_data(config.data_dir), Report()
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
     paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")

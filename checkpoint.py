@@ -58,6 +58,7 @@ from model import (
     copy_into_shard,
     is_hidden,
 )
+from parallel import all_gather_object, on_rank_zero, rank, world_size
 from tokenizer import Tokenizer, open_tokenizer
 
 FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a pickle
@@ -65,42 +66,6 @@ FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a p
 NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")
 TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
          "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-# ---------------------------------------------------------------------------------------------
-# processes, of which there may be only one
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_gather_object(value: Any) -> list[Any]:
-    """What each process has as `value`, by rank; all of them must call this."""
-    # Pickled by PyTorch, but only between the processes of one run, never from a file.
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def on_rank_zero(work: Callable[[], Any]) -> Any:
-    """Do `work` in the first process alone; all of them return its result, or raise its error."""
-    # The error travels like a result: without it the other processes would wait for the first.
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except (OSError, UserError) as caught:
-            error = caught
-    result, error = all_gather_object((result, error))[0]
-    if error:
-        raise error
-    return result
 
 
 # ---------------------------------------------------------------------------------------------

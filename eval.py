@@ -38,6 +38,7 @@ from checkpoint import Evaluation
 from configs import Config, UserError, load, read_regular, run_command
 from data import Data, load_data, sha256_file, sha256_json
 from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
+from parallel import all_gather_object
 from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
 
 POLL_SECONDS = 10.0  # --watch: between two looks at the run
@@ -80,7 +81,7 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
             _, token_losses = model(ids[:, :-1], ids[:, 1:])  # (B, T)
             nats, targets = token_losses[: len(mine)].double().sum(), mine[:, 1:]
             sums.append([float(nats), targets.size, float(token_bytes[targets].sum())])
-        everyones = checkpoint.all_gather_object(sums) if world > 1 else [sums]
+        everyones = all_gather_object(sums) if world > 1 else [sums]
         # fsum rounds once, at its end: the order of the batches and processes does not matter.
         nats, tokens, n_bytes = (math.fsum(column) for column in zip(*sum(everyones, [])))
         results[source] = text_figures(nats, tokens, n_bytes)

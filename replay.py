@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 import train
-from checkpoint import all_gather_object, rank
 from configs import Config, UserError, with_recorded
 from data import Visit
 from model import choose_kernels
+from parallel import all_gather_object, init_distributed, rank
 
 # The entries of a line of metrics.jsonl that a replay must reproduce: the others are speeds, memory
 # and the like, different each time.
@@ -27,7 +27,7 @@ TIMELESS = ("loss", "loss_by_source", "grad_norm", "lr")
 
 def replay_all(config: Config, which: str) -> None:
     """Replay visits "7", "0,3" or "all"; UserError with what differs in any of them."""
-    train.init_distributed(config)
+    init_distributed(config)
     if which == "all":
         paths = [path for path in ckpt.select_checkpoints(config.run_dir, "all")
                  if path.name.startswith("ckpt_")]

@@ -24,6 +24,7 @@ from test_train import argv, assert_same_run, home, metrics, run, straight, tens
 
 import audit
 import checkpoint as ckpt
+import parallel
 import train
 from configs import UserError, load, run_command
 from data import load_data, step_sequences
@@ -60,7 +61,7 @@ def inject(rank: int, step: int, micro: int, where: str, times: int = 1) -> None
         if targets is None or not torch.is_grad_enabled():
             return out
         now["micro"] += 1
-        here = (ckpt.rank(), now["step"], now["micro"]) == (rank, step, micro)
+        here = (parallel.rank(), now["step"], now["micro"]) == (rank, step, micro)
         if not (here and now["left"]):
             return out
         now["left"] -= 1
@@ -84,7 +85,7 @@ def save_again(argv: list[str]) -> None:
     train.resume(run)
     train.save(run, "step_9999999")
     train.finish_save(run)
-    ckpt.all_gather_object(None)  # the first process has published it
+    parallel.all_gather_object(None)  # the first process has published it
 
 
 def work(path: Path) -> None:
@@ -101,7 +102,7 @@ def work(path: Path) -> None:
             ends.append("")
         except UserError as end:
             ends.append(str(end))
-    if ckpt.rank() == 0:
+    if parallel.rank() == 0:
         path.with_suffix(".json.ends").write_text(json.dumps(ends))
     torch.distributed.destroy_process_group()
 
@@ -334,7 +335,7 @@ def do_not_come(how: str, where: str, words: list[str]) -> None:
             "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
 
     def missing(*rest: Any) -> Any:
-        if ckpt.rank() == 1:
+        if parallel.rank() == 1:
             miss[how]()
         return plain(*rest)
 

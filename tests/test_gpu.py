@@ -15,6 +15,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert process.returncode == 0, text
     report = json.loads((tmp_path / "report.json").read_text())
     assert "ended with exit status" not in text and "Traceback" not in text
+    assert not [row for part in parts for row in report[part] if "failed" in row]
     who = {(row["what"], row["who"]) for row in report["kernels"] if "what" in row}
     assert {("attention", "ours"), ("rms_norm", "F.rms_norm"), ("rope", "formula")} <= who
     assert len([row for row in report["sweep"] if "tile" in row]) == 12

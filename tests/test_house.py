@@ -17,17 +17,18 @@ KNOWS = {
     "configs": set(), "kernels": set(), "tokenizer": set(),
     "data": {"tokenizer"},
     "model": {"kernels"},
-    "checkpoint": {"data", "model", "tokenizer"},
+    "parallel": {"model", "kernels"},
+    "checkpoint": {"data", "model", "parallel", "tokenizer"},
     "corpus": {"data"},
     "prepare_data": {"data", "tokenizer", "corpus"},
-    "eval": {"data", "model", "checkpoint", "kernels", "tokenizer"},
+    "eval": {"data", "model", "checkpoint", "kernels", "parallel", "tokenizer"},
     # train's validation is eval's bits per byte: the one place where a stage knows another ...
-    "train": {"data", "model", "checkpoint", "kernels", "eval"},
+    "train": {"data", "model", "checkpoint", "parallel", "eval"},
     "memorize": {"data", "model", "checkpoint"},
     # ... but for those whose work is to do again what train has done, to ask what is known, and to
     # ask where prepare_data has dealt what to.
-    "replay": {"data", "model", "checkpoint", "train"},
-    "audit": {"data", "model", "checkpoint", "train", "memorize", "replay"},
+    "replay": {"data", "model", "checkpoint", "parallel", "train"},
+    "audit": {"data", "model", "checkpoint", "parallel", "train", "memorize", "replay"},
     "lookup": {"data", "model", "checkpoint", "prepare_data", "tokenizer"},
 }
 FILES = [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "kernels").glob("*.py"),

@@ -26,6 +26,7 @@ from torch.distributed import HashStore
 import audit
 import checkpoint as ckpt
 import eval as evaluation
+import parallel
 import prepare_data
 import train
 from configs import Config, UserError, load
@@ -142,10 +143,10 @@ def test_loss_and_step_do_not_depend_on_the_micro_batch(home: Path, straight: Pa
 
 def test_the_batch_must_divide_over_the_processes() -> None:
     config, _ = load(["configs/amber_7b.py"])
-    assert train.micro_batches(config, 224) == 1 and train.micro_batches(config, 32) == 7
+    assert parallel.micro_batches(config, 224) == 1 and parallel.micro_batches(config, 32) == 7
     config.global_batch_size = 2000
     with pytest.raises(UserError, match=r"processes \(10 x 224 = 2240\); 2240 would do"):
-        train.micro_batches(config, 224)
+        parallel.micro_batches(config, 224)
 
 
 def test_loss_by_source_weighs_up_to_the_loss(home: Path, straight: Path) -> None:

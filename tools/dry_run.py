@@ -20,6 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 import kernels  # noqa: E402
+import parallel  # noqa: E402
 import train  # noqa: E402
 from configs import Config, UserError, load, run_command  # noqa: E402
 from model import meta_model  # noqa: E402
@@ -46,10 +47,10 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         cpu = torch.device("cpu")
-        mesh = train.build_device_mesh(config, "cpu") if world > 1 else None
+        mesh = parallel.build_device_mesh(config, "cpu") if world > 1 else None
         with FakeTensorMode():
             eager = dataclasses.replace(config, compile=False)
-            model = train.build_model(eager, cpu, dtype, mesh)
+            model = parallel.build_model(eager, cpu, dtype, mesh)
             optimizer = train.make_optimizer(config, model)
             ids = torch.zeros(config.micro_batch_size, config.seq_len, dtype=torch.int64)
 
@@ -70,7 +71,7 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
                 tracker.track_external(model, optimizer, ids)
             with tracker:
                 # Two micro-batches are enough: the second meets the gradients of the first.
-                for _ in range(min(2, train.micro_batches(config, world))):
+                for _ in range(min(2, parallel.micro_batches(config, world))):
                     tracker.reset_mod_stats()
                     forward_backward()
     finally:
