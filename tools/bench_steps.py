@@ -74,7 +74,11 @@ def start(config: Config) -> tuple[train.TrainState, train.Batch]:
 def time_steps(config: Config, operation: str, steps: int) -> dict:
     """Seconds of a step (the median), tokens/s, MFU and peak memory."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    # The model before must be gone, and the compiler holds on to it.
     torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with by_pytorch(operation):
         run, batch = start(config)
         if torch.cuda.is_available():
@@ -88,13 +92,8 @@ def time_steps(config: Config, operation: str, steps: int) -> dict:
             times.append(time.perf_counter() - begin)
     # The first ones compile, and allocate.
     seconds = statistics.median(times[steps // 5 :])
-    found = {"seconds": round(seconds, 5), **train.speed(run, seconds),
-             "loss": round(record["loss"], 4), "first_step_s": round(times[0], 1)}
-    del run, batch
-    gc.collect()  # this model must be gone before the next one is made
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return found
+    return {"seconds": round(seconds, 5), **train.speed(run, seconds),
+            "loss": round(record["loss"], 4), "first_step_s": round(times[0], 1)}
 
 
 def measure(smoke: bool) -> Iterator[dict]:
