@@ -7,8 +7,8 @@ from launch import Script
 
 
 def test_every_part_runs(tmp_path: Path) -> None:
-    # The part "tests" is the tests.
-    parts = ["kernels", "sweep", "steps", "runs", "decode"]
+    # "tests" is the tests, and "sweep" and "decode" are programs that run without a GPU as well.
+    parts = ["kernels", "steps", "runs"]
     process = Script("tools/gpu.py", *parts, "--smoke", f"--out={tmp_path / 'report.json'}",
                      OMP_NUM_THREADS=1)
     text, _ = process.communicate(timeout=400)
@@ -18,7 +18,6 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert not [row for part in parts for row in report[part] if "failed" in row]
     who = {(row["what"], row["who"]) for row in report["kernels"] if "what" in row}
     assert {("attention", "ours"), ("rms_norm", "F.rms_norm"), ("rope", "formula")} <= who
-    assert len([row for row in report["sweep"] if "tile" in row]) == 12
     # All kinds of step are the same computation, in float32 here.
     losses = [row["loss"] for row in report["steps"] if row.get("network") == "amber_7b"]
     assert len(losses) == 7 and max(losses) - min(losses) < 1e-3
