@@ -48,7 +48,8 @@ PARTS = {
 SMOKE = {"tests": " -k test_the_choice", "decode": " --sequences=2 --batches=2 --rounds=1"
          " --device=cpu --config=configs/amber_tiny.py"}
 SMALL = (" --hidden_size=64 --intermediate_size=64 --num_hidden_layers=1 --num_attention_heads=1"
-         " --vocab_size=300 --sequences_per_chunk=32 --seq_len=32 --device=cpu --compile=false")
+         " --vocab_size=300 --sequences_per_chunk=32 --seq_len=32 --device=cpu --compile=false"
+         " --sources={'text':'docs/*.md'} --workers=1")
 
 
 def rows_of(command: str, seconds: float, smoke: bool) -> Iterator[dict[str, Any]]:
