@@ -145,7 +145,7 @@ class Data:
     def take(self, i: int, ids: Any) -> np.ndarray:
         """The sequences `ids` (n,) of chunk i, read from the disk."""
         chunk = self.chunk(i)
-        # They lie anywhere in the file, and around each the system would read 128 KiB ahead.
+        # They lie anywhere in the file, and with each the system would read hundreds of KiB around.
         if isinstance(chunk.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             chunk.base.madvise(mmap.MADV_RANDOM)
         return self._sound(chunk[ids], self.manifest["chunks"][i])

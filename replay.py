@@ -73,7 +73,7 @@ def replay(config: Config, after: Path) -> str:
     for step in tqdm(range(visit.first_step + 1, manifest["step"] + 1), unit="step",
                      desc=f"chunk {visit.chunk} again", disable=True if rank() else None):
         lr = train.learning_rate(config, step, run.total_steps)
-        train.verify_chunk(run, visit.chunk)
+        train.verify_chunk(run)
         record = train.train_step(run, train.load_batch(run, run.step), lr)
         run.step = step
         # JSON keeps every digit of a float, so != compares bits. A step that is not in the log (it

@@ -173,10 +173,12 @@ def load_batch(run: TrainState, step: int) -> Batch:
     return Batch(visit, step_in_chunk, mine, run.data.take(visit.chunk, mine))
 
 
-def verify_chunk(run: TrainState, chunk: int) -> None:
-    """Before its first step a chunk is hashed: a flipped bit would be trained on without a word."""
+def verify_chunk(run: TrainState) -> None:
+    """Hash the chunk of the next step, if it is new: a flipped bit would be trained on unnoticed.
+    """
     # Amber's chunk of 7 GB takes some seconds in more than two hours, and is then in the memory of
     # the system.
+    chunk = step_to_visit(run.schedule, run.step)[0].chunk
     if chunk not in run.verified:
         on_rank_zero(lambda: run.data.verify_file(run.data.manifest["chunks"][chunk]))
         run.verified.add(chunk)
@@ -225,6 +227,9 @@ def train_step(run: TrainState, batch: Batch, lr: float) -> dict[str, Any]:
         run.optimizer.zero_grad(set_to_none=True)
         handle_nonfinite(run, batch, loss, grad_norm, ~losses.isfinite().cpu().numpy())
         return {"skipped": True}
+    if run.step == 0 and grad_norm == 0:
+        raise UserError("Step 1: the gradient is exactly 0, so nothing can be learned: some"
+                        " factor of the settings is too large or too small for float32.")
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]  # lr_scale: muP's, 1 without it
     run.optimizer.step()
@@ -341,22 +346,20 @@ def train(run: TrainState) -> None:
     c = run.config
     bar = tqdm(total=run.last_step, initial=run.step, unit="step", dynamic_ncols=True,
                disable=True if rank() else None)
-    # Python collects its garbage when it likes, in each process at another step, for which all
-    # others wait. Here all do it at the same step.
-    gc.disable()
     # `run.step` steps are done: that is also the number, from 0, of the one that comes next.
     reader = ThreadPoolExecutor(1)
     coming = reader.submit(load_batch, run, run.step)
     while run.step < run.last_step and not run.stop_reason:
         # Read, update, count: all of training is in these three.
         begin = time.perf_counter()
+        verify_chunk(run)
         batch = coming.result()
-        verify_chunk(run, batch.visit.chunk)
         # The next one is read while this one is computed. (After the last step nobody asks.)
         coming = reader.submit(load_batch, run, run.step + 1)
         loaded = time.perf_counter()
         record = train_step(run, batch, learning_rate(c, run.step + 1, run.total_steps))
         run.step += 1
+        run.left_out = run.left_out + 1 if "skipped" in record else 0
         record = {"step": run.step, "chunk": batch.visit.chunk,
                   "tokens": run.step * c.tokens_per_step, **record,
                   **speed(run, time.perf_counter() - begin), "data_s": round(loaded - begin, 5)}
@@ -387,18 +390,12 @@ def train(run: TrainState) -> None:
         if run.step % GC_STEPS == 0:
             gc.collect(1)
     finish_save(run)
-    gc.enable()
     reader.shutdown()
     bar.close()
 
 
 def log_step(run: TrainState, record: dict[str, Any], bar: tqdm) -> None:
-    """A line of metrics.jsonl, the bar, and of some steps a line of train.log; and a step that
-    could not teach anything is refused."""
-    run.left_out = run.left_out + 1 if "skipped" in record else 0
-    if run.step == 1 and record.get("grad_norm") == 0:
-        raise UserError("Step 1: the gradient is exactly 0, so nothing can be learned: some"
-                        " factor of the settings is too large or too small for float32.")
+    """A line of metrics.jsonl, the bar, and of some steps a line of train.log."""
     if rank() == 0:
         with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
@@ -751,6 +748,10 @@ def run_training(config: Config, argv: list[str]) -> None:
                 print(finished(run))
             return
         on_rank_zero(lambda: begin_records(run))
+        # Python collects its garbage when it likes, in each process at another step, for which all
+        # others wait. Here all do it at the same step, in `train`.
+        gc.disable()
+        held.callback(gc.enable)
         # A handler only makes a note: the loop looks at it when the step is done, in all processes
         # at once, so that they save the same step.
         for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has not all

@@ -318,26 +318,29 @@ def test_a_process_that_does_not_come_is_named(home: Path, tmp_path: Path) -> No
     """While groups are made, and in a step. All cases at once: they do nothing but wait."""
     cases = {}
     for where in ("build_device_mesh", "train_step"):
-        for how in ("dead", "asleep", "stopped"):
-            words = argv(home, tmp_path / where / how, micro_batch_size=2, timeout_minutes=0.2)
-            cases[where, how] = ranks(2, "tests/test_distributed.py", how, where, *words)
-    for (_, how), (waiting, missing) in cases.items():
-        text, _ = waiting.communicate(timeout=LONG)
+        for how, who in (("dead", 1), ("asleep", 1), ("stopped", 1), ("dead", 0)):
+            words = argv(home, tmp_path / f"{where}_{how}_{who}", micro_batch_size=2,
+                         timeout_minutes=0.2)
+            cases[where, how, who] = ranks(2, "tests/test_distributed.py", how, where, who, *words)
+    texts = {}
+    for (where, how, who), both in cases.items():
+        texts[where, how, who] = both[1 - who].communicate(timeout=LONG)[0]
         if how != "dead":
-            missing.kill()
-        assert waiting.returncode == 1 and "Traceback" not in text
+            both[who].kill()
+    for (_, _, who), text in texts.items():
+        assert "Traceback" not in text
         assert "A collective failed or took longer than timeout_minutes = 0.2" in text
-        assert "Of ranks 0 to 1 there was no answer from: 1 (" in text
+        assert f"Of ranks 0 to 1 there was no answer from: {who} (" in text
 
 
-def do_not_come(how: str, where: str, words: list[str]) -> None:
-    """Train, but process 1 never begins what train.py calls `where`."""
+def do_not_come(how: str, where: str, who: str, *words: str) -> None:
+    """Train, but process `who` never begins what train.py calls `where`."""
     plain = getattr(train, where)
     miss = {"dead": lambda: os._exit(1), "asleep": lambda: time.sleep(LONG),
             "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
 
     def missing(*rest: Any) -> Any:
-        if parallel.rank() == 1:
+        if parallel.rank() == int(who):
             miss[how]()
         return plain(*rest)
 
@@ -376,4 +379,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         work(Path(sys.argv[1]))
     else:
-        do_not_come(sys.argv[1], sys.argv[2], sys.argv[3:])
+        do_not_come(*sys.argv[1:])

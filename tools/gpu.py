@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 
 import audit  # noqa: E402
 import prepare_data  # noqa: E402
@@ -56,17 +56,27 @@ def rows_of(command: str, seconds: float, smoke: bool) -> Iterator[dict[str, Any
     """The JSON objects that a command prints, as they come; its other lines as {"text": line}."""
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if smoke else {})
     process = subprocess.Popen([sys.executable, *command.split()], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=environment)
-    cut_off = threading.Timer(seconds, process.kill)
+                               stderr=subprocess.STDOUT, text=True, env=environment,
+                               start_new_session=True)
+
+    def end_all() -> None:
+        """The process and those that it has started, which would keep its output open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    cut_off = threading.Timer(seconds, end_all)
     cut_off.start()
-    for line in process.stdout:
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
-            if line.strip():
-                yield {"text": line.rstrip()}
-    process.wait()
-    cut_off.cancel()
+    try:
+        for line in process.stdout:
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError):
+                if line.strip():
+                    yield {"text": line.rstrip()}
+        process.wait()
+    finally:
+        cut_off.cancel()
+        end_all()
     if process.returncode:
         yield {"text": f"ended with exit status {process.returncode} (-9: after {seconds:.0f} s)"}
 
@@ -149,6 +159,7 @@ def main(argv: list[str]) -> None:
         return
     if unknown := set(a.parts) - set(PARTS):
         raise UserError(f"There is no part {min(unknown)!r}: choose some of {', '.join(PARTS)}.")
+    import triton  # not everywhere, and there the sentence above has been said
     card = "CPU" if a.smoke else torch.cuda.get_device_name()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "card": card,
                               "torch": torch.__version__, "triton": triton.__version__}
