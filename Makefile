@@ -14,6 +14,7 @@ PY = .venv/bin/python
 export GOMP_SPINCOUNT ?= 10000
 
 run: .venv/run.installed
+	@$(PY) tools/corpus.py
 	@$(PY) prepare_data.py $(CONFIG)
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
@@ -23,6 +24,7 @@ run: .venv/run.installed
 	@$(PY) tools/bands.py $(CONFIG)
 
 crystal: .venv/run.installed
+	@$(PY) tools/corpus.py
 	@for stage in 1 2 3; do for step in prepare_data train eval; do \
 	  $(PY) $$step.py configs/crystal_tiny_stage$$stage.py || exit; done; done
 	@$(PY) tools/report.py configs/crystal_tiny_stage3.py
@@ -39,6 +41,7 @@ gpu:
 	@$(firstword $(wildcard $(PY)) $(PYTHON)) tools/gpu.py
 
 ablation: .venv/run.installed
+	@$(PY) tools/corpus.py
 	@$(PY) prepare_data.py configs/ablation.py
 	@for rate in 1e-3 3e-3 1e-2; do for seed in 1 2; do \
 	  $(PY) train.py configs/ablation.py --learning_rate=$$rate --seed=$$seed \

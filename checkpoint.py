@@ -2,23 +2,20 @@
 
     runs/NAME/ckpt_007/
       config.json  generation_config.json  tokenizer.json  tokenizer_config.json
-      model.safetensors       float32; N processes write model-00001-of-0000N.safetensors ... and
-                              an index
-      train_state/            AdamW's moments in the same format, and state.json
+      model.safetensors       float32; of N processes model-00001-of-0000N.safetensors ..., an index
+      train_state/            the optimizers' state in the same format
       manifest.json           written last: step, chunk, settings, sha256 of each tensor and file
 
 `AutoModelForCausalLM.from_pretrained("runs/NAME/ckpt_007")` opens it as it is, and every stage here
-opens a directory that others have published. Nothing that is loaded is a pickle, so a stranger's
-checkpoint cannot run his code. Below: reading, writing, listing, and measuring each of them once.
+opens a directory that others have published. Nothing that is loaded can run code.
 """
 
 import contextlib
-import functools
+import itertools
 import json
-import math
 import os
 import re
-import time
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
@@ -33,39 +30,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from configs import Config, ModelConfig, UserError, check, read_regular, regular
-from data import (
-    MARK,
-    Data,
-    begin_unfinished,
-    has_form,
-    is_count,
-    is_inside,
-    is_number,
-    is_unfinished,
-    read_json,
-    remove_unfinished,
-    sha256_file,
-    sha256_json,
-    write_json,
-)
-from model import (
-    LLaMA,
+from configs import Config, ModelConfig, UserError, read_regular, regular, with_recorded
+from data import Data, read_json, sha256_file, sha256_json, write_json, writing
+from model import LLaMA, copy_into_shard
+from parallel import (
+    all_gather_object,
     build_for_inference,
-    choose_kernels,
-    copy_into_shard,
-    is_hidden,
+    on_all_ranks,
+    on_rank_zero,
+    rank,
+    world_size,
 )
-from parallel import all_gather_object, on_rank_zero, rank, world_size
 from tokenizer import Tokenizer, open_tokenizer
 
-FORMAT = 2  # format 1 was torch.distributed.checkpoint's, whose metadata is a pickle
+FORMAT = 3  # of the manifest; any other is refused
 # ckpt_007 is the checkpoint at the end of a chunk, step_0000123 a rolling one in between.
 NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")
-TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
-         "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,239 +58,184 @@ TYPES = {"F64": torch.float64, "F32": torch.float32,  # in safetensors' words
 
 def write_safetensors(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, str]:
     """Write float32 tensors on the host to a file; returns the sha256 of each tensor's bytes."""
-    # The header comes first and says where every tensor lies, so sizes are added up before.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that every number lies at a multiple of its size
-    hashes = {}
+    text += b" " * (-len(text) % 8)  # so that every number begins at a multiple of its size
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            raw = tensor.numpy().data.cast("B") if tensor.numel() else b""
-            f.write(raw)
-            hashes[name] = sha256(raw).hexdigest()
+        for _, tensor in tensors:
+            f.write(raw_bytes(tensor))
         f.flush()
         os.fsync(f.fileno())
-    return hashes
+    return {name: sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors}
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a file, mapped: only what is copied out of a tensor is read from the disk.
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor on the host, without a copy if it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
-    Raises ValueError if the header does not describe this file.
-    """
-    size = path.stat().st_size
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped: only what is copied out of one is read from the disk."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length < path.stat().st_size:
             raise ValueError("it is not a safetensors file")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
-    # Mode "c" is copy-on-write: torch warns of arrays that it may not write to, and nothing that is
-    # written to this one reaches the file.
-    data = torch.from_numpy(np.memmap(path, np.uint8, "c", offset=8 + length)) \
-        if size > 8 + length else torch.empty(0, dtype=torch.uint8)
-    # Every byte belongs to one tensor: what overlaps, or lies between them, nobody has meant.
-    spans = sorted(entry["data_offsets"] for entry in header.values())
-    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(data)]:
-        raise ValueError("its tensors overlap, leave gaps, or are cut short")
+    tensors = {}
+    # "c" is copy-on-write: torch warns of arrays that it may not write to.
+    data = torch.from_numpy(np.memmap(path, np.uint8, "c"))
     for name, entry in header.items():
-        if entry["dtype"] not in TYPES:
+        dtype = TYPES.get(entry["dtype"])
+        if dtype is None:
             raise ValueError(f"{name} is of type {entry['dtype']}")
-        dtype, shape, (begin, end) = TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name} of shape {shape} does not have {end - begin} bytes")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
         raw = data[begin:end]
-        if (8 + length + begin) % dtype.itemsize:  # another writer may not have aligned it
+        if begin % dtype.itemsize:  # another writer may not have aligned it
             raw = raw.clone()
-        yield name, raw.view(dtype).view(shape)
+        tensors[name] = raw.view(dtype).view(entry["shape"])  # raises if the sizes differ
+    return tensors
 
 
 def read_tensors(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all files of a directory: STEM*.safetensors or, as some have published
-    theirs, pytorch_model*.bin. Raises UserError with the file that cannot be read."""
-    for pattern in (f"{stem}*.safetensors", "pytorch_model*.bin"):
-        # `file` is what the error below names: the index at first, then the file being read.
-        file = index = directory / f"{pattern.replace('*', '')}.index.json"
+    """(name, tensor), mapped, of the weights of a directory, or with stem = "optimizer" of a
+    checkpoint's train_state. UserError names a file that cannot be read."""
+    names = set()
+    for file in tensor_files(directory, stem):
         try:
-            names = {path.name for path in directory.glob(pattern)}
-            if index.exists():
-                names = set(json.loads(read_regular(index))["weight_map"].values())
-            for name in sorted(names):
-                file = regular(directory / Path(name).name)  # an index names no place but its own
-                if name.endswith(".bin"):
-                    # weights_only: PyTorch's own unpickler, which builds tensors and nothing else
-                    yield from torch.load(file, "cpu", mmap=True, weights_only=True).items()
-                else:
-                    yield from read_safetensors(file)
-        except UserError:
-            raise
+            if file.suffix == ".bin":
+                # weights_only: PyTorch's own unpickler, which builds tensors and nothing else
+                tensors = dict(torch.load(regular(file), "cpu", mmap=True, weights_only=True))
+            else:
+                tensors = read_safetensors(regular(file))
         except Exception as error:  # damaged files raise all kinds
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UserError(f"{file} cannot be read ({reason.splitlines()[0]}): is it whole?")
-        if names:
-            return
-    raise UserError(f"{directory} has no weights: neither {stem}*.safetensors nor"
-                    " pytorch_model*.bin.")
+        if twice := names & tensors.keys():
+            raise UserError(f"{directory} cannot be loaded: two files have a {min(twice)}.")
+        names |= tensors.keys()
+        yield from tensors.items()
+
+
+def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
+    """The files that `read_tensors` reads: those of a checkpoint's manifest, or the weights of a
+    published directory. UserError if it has none, or two sets of them."""
+    home = directory.parent if stem == "optimizer" else directory
+    manifest = read_manifest(home)
+    if manifest:
+        # These alone were hashed: a file that somebody put beside them is never read.
+        files = [home / name for name in manifest["files"]]
+        return [f for f in files if f.parent == directory and f.match(f"{stem}*.safetensors")]
+    for whole in ("model.safetensors", "pytorch_model.bin"):  # the first if there are both
+        index = directory / f"{whole}.index.json"
+        files = [file for file in (directory / whole, index) if file.exists()]
+        if len(files) == 2:
+            raise UserError(f"{directory} has both {whole} and {index.name}: move one away.")
+        if files == [index]:
+            # Path.name: whatever an index says, it names files of its own directory.
+            shards = {Path(name).name for name in read_json(index).get("weight_map", {}).values()}
+            files = [directory / name for name in sorted(shards)]
+        if files:
+            return files
+    raise UserError(f"{directory} has no weights, neither model.safetensors nor pytorch_model.bin.")
 
 
 # ---------------------------------------------------------------------------------------------
 # config.json, ours and others'
 
-# What transformers' LLaMA can be told, and the parameters that it has. A model that has another
-# setting or another parameter is not called a LLaMA.
+# The settings and the parameters that transformers' LLaMA has. A model with another setting or
+# another parameter is not called a LLaMA.
 LLAMA_SETTINGS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rms_norm_eps rope_theta tie_word_embeddings initializer_range""".split()
 LLAMA_PARAMETERS = re.compile(
     r"(model\.(embed_tokens|norm)|lm_head|model\.layers\.\d+\.((input|post_attention)_layernorm"
     r"|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))\.weight")
-# These decide the weights at the beginning of training, and nothing once there are weights.
-INITIAL = ("initializer_range", "init_truncated", "init_by_depth")
-
-
-def is_llama(model: LLaMA) -> bool:
-    """Whether transformers' LLaMA has the settings and the parameters that this model has."""
-    # Every setting that transformers' LLaMA does not know must have its default. LLAMA_SETTINGS
-    # lists those it knows, so that a setting added tomorrow is looked at though nobody lists it.
-    default, c = ModelConfig(), model.config
-    settings = all(getattr(c, f.name) == getattr(default, f.name) for f in fields(ModelConfig)
-                   if f.name not in LLAMA_SETTINGS)
-    return settings and all(LLAMA_PARAMETERS.fullmatch(name) for name, _ in
-                            model.named_parameters())
+# What else a config.json can say of a network, and the one value that model.py computes.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+         "partial_rotary_factor": 1.0, "quantization_config": None, "auto_map": None}
+INITIAL = ("initializer_range", "init_truncated", "init_by_depth")  # of no effect on given weights
+PROBE = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"  # two tokenizers seldom agree on it
 
 
 def hugging_face_config(model: LLaMA, eos_id: int) -> dict[str, Any]:
-    """config.json of a model: LLaMA's where it is one, and else all our settings by their names."""
-    c = model.config
+    """config.json of a model: LLaMA's if it is one, else all settings of ModelConfig."""
+    c, default = model.config, ModelConfig()
     settings = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
-    if is_llama(model):
+    # A setting that is added to ModelConfig tomorrow must have its default, too.
+    llama = all(value == getattr(default, name) for name, value in settings.items()
+                if name not in LLAMA_SETTINGS)
+    if llama and all(LLAMA_PARAMETERS.fullmatch(name) for name, _ in model.named_parameters()):
         kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         settings = {name: settings[name] for name in LLAMA_SETTINGS}
     elif c.norm == "layernorm":
         kind = {"architectures": ["CrystalCoderLMHeadModel"], "model_type": "crystalcoder"}
-    else:  # for this code alone
+    else:  # a model that only this repository computes
         kind = {"model_type": "amber-variant"}
-    # No BOS, said outright: transformers would take LLaMA's id 1.
+    # bos_token_id is null, because transformers' default would be LLaMA's id 1.
     return kind | settings | {"max_position_embeddings": c.seq_len, "hidden_act": "silu",
                               "bos_token_id": None, "eos_token_id": eos_id,
                               "torch_dtype": "float32"}
 
 
 def read_network(directory: Path) -> ModelConfig:
-    """The network that a directory's config.json describes; UserError if it is not one of ours."""
-    said = read_json(directory / "config.json")
+    """The network that a directory's config.json describes, with LLaMA's defaults for what it
+    leaves out; UserError if model.py has no such network."""
+    content = read_json(directory / "config.json")
+    kind = content.get("model_type")
+    if kind not in ("llama", "crystalcoder", "amber-variant") or "n_embd" in content:
+        raise UserError(f"{directory} cannot be loaded: its config.json is missing, damaged, or of"
+                        f" a model of type {kind!r}; 'llama' is known, and CrystalCoder once"
+                        " tools/convert_crystal.py has converted it.")
+    ours = [f.name for f in fields(ModelConfig)]
+    names = LLAMA_SETTINGS if kind == "llama" else ours
+    settings = {name: content[name] for name in names if content.get(name) is not None}
+    wrong = [key for key, value in FIXED.items() if content.get(key) not in (None, value)]
+    if kind != "llama":
+        wrong += [name for name in ours if name not in settings]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = dict(content.get(key) or {})
+        theta = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
+        # What is left may be rope_type = "default"; everything else rescales the angles.
+        if any(value not in ("default", None) for value in rope.values()):
+            wrong.append(key)
+        if settings.setdefault("rope_theta", theta) != theta:
+            wrong.append("rope_theta")
     try:
-        theirs = our_settings(directory, said)
-    except (TypeError, ValueError, AttributeError) as error:  # JSON can be anything
-        raise UserError(f"{directory} cannot be loaded: its config.json does not have the form of"
-                        f" one ({error}).")
-    for f in fields(ModelConfig):
-        # JSON has one kind of number.
-        if f.type is float and type(theirs.get(f.name)) is int:
-            theirs[f.name] = float(theirs[f.name])
-        if f.name in theirs and type(theirs[f.name]) is not f.type:
-            raise UserError(f"{directory} cannot be loaded: {f.name} in its config.json is"
-                            f" {theirs[f.name]!r}.")
-    if problems := check(Config(**theirs)):
-        raise UserError(f"{directory} cannot be loaded: {' '.join(problems)}")
-    return ModelConfig(**theirs)
-
-
-def our_settings(directory: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says, by our names; what it does not say has our default, LLaMA's."""
-    kind = said.get("model_type", "llama" if said else "")
-    if kind == "llama":
-        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if (rope_type, said.get("hidden_act", "silu")) != ("default", "silu"):
-            raise UserError(f"{directory} cannot be loaded: its config.json says rope_type"
-                            f" {rope_type!r} and hidden_act {said.get('hidden_act')!r}.")
-        theirs = {name: said[name] for name in LLAMA_SETTINGS if said.get(name) is not None}
-        return theirs | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
-    if kind == "crystalcoder" and "n_embd" in said:  # LLM360's own file, in GPT-2's names
-        return from_crystal_config(said)
-    if kind in ("crystalcoder", "amber-variant"):
-        return {f.name: said[f.name] for f in fields(ModelConfig) if f.name in said}
-    raise UserError(f"{directory} cannot be loaded: " + (
-        f"it is a model of type {kind!r}, and only 'llama' and 'crystalcoder' are known."
-        if said else "its config.json cannot be read."))
-
-
-def config_problems(c: ModelConfig, directory: Path) -> list[str]:
-    """What a directory's config.json says otherwise than `c`, one phrase each."""
-    theirs, problems = read_network(directory), []
-    for f in fields(ModelConfig):
-        said, ours = getattr(theirs, f.name), getattr(c, f.name)
-        # As float32: others write 9.999999974752427e-07 for 1e-6.
-        same = np.float32(said) == np.float32(ours) if f.type is float else said == ours
-        if f.name not in INITIAL and not same:
-            problems.append(f"{f.name} is {said!r} there, {ours!r} here")
-    return problems
+        config = with_recorded(Config(), {"num_key_value_heads": 0} | settings)
+    except UserError as error:
+        raise UserError(f"{directory} cannot be loaded: {error}")
+    wrong += ["head_dim"] if content.get("head_dim") not in (None, config.head_dim) else []
+    if wrong:
+        values = ", ".join(f"{key} = {content.get(key)!r}" for key in wrong)
+        raise UserError(f"{directory} cannot be loaded: model.py has no network with {values}.")
+    return ModelConfig(**{name: getattr(config, name) for name in ours})
 
 
 def with_network(config: Config, path: Path, data: Data | None = None) -> Config:
-    """A config with the network of a published directory, which says itself what it is; for a
-    checkpoint of ours the config as it is, which must fit it. UserError if the published model
-    shall read data that was made with another tokenizer than its own."""
-    if not is_published(path):
-        return config
+    """The config with the network of a published directory; for a checkpoint of ours, the config
+    itself. UserError unless the data has the tokenizer of `path` and fits its network."""
+    if is_published(path):
+        config = replace(config, **asdict(read_network(path)))
+        most = read_json(path / "config.json").get("max_position_embeddings") or config.seq_len
+        if config.seq_len > most:
+            raise UserError(f"seq_len is {config.seq_len}, and {path} reads at most {most} tokens"
+                            " (max_position_embeddings): set it to that or less.")
+    if data and data.n_vocab > config.vocab_size:
+        raise UserError(f"The tokenizer of {data.directory} has {data.n_vocab} token ids, the model"
+                        f" {config.vocab_size} (vocab_size).")
     if data and (path / "tokenizer.json").exists():
-        # A few kinds of text are enough: tokenizers that agree on all of these are the same.
-        text = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"
-        if list(open_tokenizer(path).encode(text)) != list(data.tokenizer.encode(text)):
-            raise UserError(f"{data.directory} was made with another tokenizer than {path} has: its"
-                            " ids mean nothing to these weights. (eval.py --text and --prompt need"
-                            " no data.)")
-    return replace(config, **asdict(read_network(path)))
-
-
-# LLM360/CrystalCoder has GPT-2's names, c_fc2 for the gate: so say the index of its weights and
-# LLM360's conversion of them (crystalcoder-train, finetune/Megatron-LM). Its modeling file is on
-# the hub alone: that its weights give the same text here has not been tried.
-CRYSTAL_NAMES = {
-    "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
-    "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-    "mlp.gate_proj": "mlp.c_fc2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-
-
-def from_crystal_config(said: dict[str, Any]) -> dict[str, Any]:
-    """Our settings of the network that LLM360's config.json of CrystalCoder describes."""
-    names = {"hidden_size": "n_embd", "intermediate_size": "n_inner",
-             "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-             "vocab_size": "vocab_size", "rms_norm_eps": "layer_norm_epsilon",
-             "rotary_dim": "rotary_dim", "tie_word_embeddings": "tie_word_embeddings",
-             "embedding_scale": "mup_embeddings_scale", "logit_scale": "mup_output_alpha"}
-    ours = {our: said.get(their) for our, their in names.items()}
-    return ours | {
-        "norm": "layernorm", "bias": True, "rotary_interleaved": True,
-        "attention_scale_power": 1.0 if said.get("mup_scale_qk_dot_by_d") else 0.5,
-        "base_hidden_size": round(said.get("mup_width_scale", 0) * said.get("n_embd", 0))}
-
-
-def from_crystal(c: ModelConfig, name: str, values: Tensor) -> dict[str, Tensor]:
-    """Our tensors of one of CrystalCoder's, whose matrices are (in, out) and q, k, v one."""
-    outside = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm"}
-    stem, _, kind = name.rpartition(".")
-    match = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", stem)
-    # Outside the blocks only the names differ.
-    if match is None:
-        return {f"{outside.get(stem, stem)}.{kind}": values}
-    ours = [f"model.layers.{match[1]}.{our}.{kind}" for our, their in CRYSTAL_NAMES.items()
-            if their == match[2]]
-    if not ours:
-        return {name: values}  # an attention mask, for instance
-    if is_hidden(ours[0]):
-        values = values.T
-    if len(ours) == 1:
-        return {ours[0]: values}
-    # One matrix has q, k and v under each other, in this order.
-    kv = c.num_key_value_heads * c.head_dim
-    return dict(zip(ours, values.split((c.hidden_size, kv, kv))))
+        # Not by their bytes: LLaMA's tokenizer was published in several forms.
+        theirs, ours = open_tokenizer(path), data.tokenizer
+        ids = [tokenizer.encode(PROBE).tolist() for tokenizer in (theirs, ours)]
+        if ids[0] != ids[1] or theirs.pieces != ours.pieces:
+            raise UserError(f"{data.directory} was made with another tokenizer than {path} has."
+                            " (eval.py --text and --prompt need no data.)")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,98 +247,78 @@ def is_published(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / "manifest.json").exists()
 
 
-# What the stages rely on; more is there.
-MANIFEST = {
-    "format": int, "step": is_count, "tokens": is_count, "chunk": is_count, "visit": is_count,
-    "weights_sha256": str, "data_sha256": str, "chunk_sha256": str, "tensors": {str: str},
-    "files": lambda files: type(files) is dict and all(map(is_inside, files)),
-    "config": dict, "environment": {"threads": is_count},
-    "parent": {"checkpoint?": str, "weights_sha256?": str},
-    "started_from": {"path?": str, "tokens?": lambda value: value is None or is_count(value)},
-}
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; {} if it is missing, damaged, or not of this form."""
-    manifest = read_json(path / "manifest.json", MANIFEST)
+    """The manifest of a checkpoint; {} if it is missing, damaged or of another format."""
+    manifest = read_json(path / "manifest.json")
     own_hash = manifest.pop("sha256", None)
-    sound = manifest.get("format") == FORMAT and own_hash == sha256_json(manifest)
-    return manifest if sound else {}
+    if manifest.get("format") != FORMAT or own_hash != sha256_json(manifest):
+        return {}
+    # A stranger's could name files anywhere.
+    outside = [name for name in manifest["files"] if name[:1] == "/" or ".." in Path(name).parts]
+    return {} if outside else manifest
 
 
 def verify_checkpoint(path: Path, train_state: bool = False) -> str:
-    """Why a checkpoint cannot be used, or "": every file is there and has its sha256.
-
-    Several processes share the reading, and all get the same answer.
-    """
-    problems = all_gather_object(verify_share(path, train_state))
-    return next(filter(None, problems), "")
-
-
-def verify_share(path: Path, train_state: bool) -> str:
-    """`verify_checkpoint` for this process's share of the files."""
+    """Why a checkpoint cannot be used, or "": its files and weights have the manifest's hashes.
+    With train_state the optimizers' state is verified too."""
     if is_published(path):
         return "a published directory has no training state" if train_state else ""
     manifest = read_manifest(path)
     if not manifest:
-        if (path / "model" / ".metadata").exists():
-            return ("it is of format 1, whose metadata could run code and is not opened any more;"
-                    " train it again")
-        return "manifest.json is missing or damaged"
+        return f"manifest.json is missing or damaged, or its format is not {FORMAT}"
     if train_state and not (path / "train_state").exists():
         return "train_state is missing"
-    # Evaluation needs the weights alone, which are a third of what there is to read.
-    names = [name for name in sorted(manifest["files"])
-             if train_state or not name.startswith("train_state/")]
-    if not any(name.endswith(".safetensors") for name in names):
-        return "manifest.json lists no weights"
-    # What is loaded is what was hashed.
-    for file in [*path.glob("*.safetensors"), *path.glob("train_state/*.safetensors")]:
-        if file.relative_to(path).as_posix() not in manifest["files"]:
-            return f"{file.name} is not in manifest.json"
-    for name in names[rank() :: world_size()]:
+    for name, expected in manifest["files"].items():
+        if name.startswith("train_state/") and not train_state:
+            continue  # two thirds of the bytes, which evaluation does not need
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256_file(path / name) != manifest["files"][name]:
+        if sha256_file(path / name) != expected:
             return f"{name} is damaged (its sha256 is not the one in manifest.json)"
+    # Results are kept under weights_sha256, so it must belong to these very weights.
+    hashes = {name: sha256(raw_bytes(values)).hexdigest() for name, values in read_tensors(path)}
+    if sha256_json(hashes) != manifest["weights_sha256"]:
+        return "its weights do not have the weights_sha256 of manifest.json"
     return ""
 
 
 def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict[str, Any]:
-    """Fill `model`, sharded or not, from a checkpoint or a published directory.
+    """Fill `model`, sharded or not; UserError if the checkpoint is damaged or another network's.
 
-    Returns its manifest, or {"step": None, "tokens": None} of a published one: what it has seen is
-    not written there. Raises UserError with everything that does not fit at once.
+    Returns its manifest, or {"step": None, "tokens": None} for a published directory.
     """
     path = Path(path)
-    problem = "" if verified else verify_checkpoint(path)
-    if problem:
-        raise UserError(f"{path} is not a usable checkpoint: {problem}.")
-    c = model.config
-    # Shapes do not tell all: weights load under another rope_theta too, and compute nonsense.
-    problems = config_problems(c, path)
-    if problems:
-        raise UserError(f"{path} cannot be loaded: {'; '.join(problems)}.")
+    if not verified and (problem := verify_checkpoint(path)):
+        raise UserError(f"{path}: {problem}.")
+    # Shapes are not enough: weights load under another rope_theta too, and compute nonsense.
+    theirs, problems = read_network(path), []
+    for f in fields(ModelConfig):
+        there, here = getattr(theirs, f.name), getattr(model.config, f.name)
+        # As float32: others write 9.999999974752427e-07 for 1e-6.
+        same = np.float32(there) == np.float32(here) if f.type is float else there == here
+        if f.name not in INITIAL and not same:
+            problems.append(f"{f.name} is {there!r} there, {here!r} here")
     weights = named_parameters(model)
-    missing = set(weights)
-    theirs_is_crystal = "n_embd" in read_json(path / "config.json")
-    # One tensor after the other, so that no second copy of the model is ever in memory.
-    for name, values in read_tensors(path):
-        found = from_crystal(c, name, values) if theirs_is_crystal else {name: values}
-        for ours, part in found.items():
-            missing.discard(ours)
-            if ours not in weights:
-                # Old exports carry rotary tables and masks, some a tied head.
-                known = re.search(r"rotary_emb|attn\.(masked_)?bias$|^lm_head\.weight$", ours)
-                problems += [] if known else [f"{ours} is unknown"]
-            elif weights[ours].shape != part.shape:
-                problems.append(f"{ours} is {tuple(part.shape)} there,"
-                                f" {tuple(weights[ours].shape)} here")
-            else:
-                copy_into_shard(weights[ours], part)
-    problems += [f"{name} is missing" for name in sorted(missing)]
+    tensors = dict(read_tensors(path))  # mapped, so the model is never in memory twice
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(head, embedding):
+            problems.append("lm_head.weight is not the embedding, to which it is tied")
+    for name, values in tensors.items():
+        if name not in weights:
+            # Old exports have tables of rotary angles, which are computed here.
+            problems += [] if name.endswith("rotary_emb.inv_freq") else [f"{name} is unknown"]
+        elif values.dtype not in TYPES.values():
+            problems.append(f"{name} is of type {values.dtype}")
+        elif values.shape != weights[name].shape:
+            problems.append(f"{name} is {tuple(values.shape)} there,"
+                            f" {tuple(weights[name].shape)} here")
+    problems += [f"{name} is missing" for name in weights if name not in tensors]
     if problems:
-        raise UserError(f"{path} cannot be loaded: {'; '.join(problems)}.")
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{path} cannot be loaded: {'; '.join(problems[:3])}{more}.")
+    for name, parameter in weights.items():
+        copy_into_shard(parameter, tensors[name])
     return read_manifest(path) or {"step": None, "tokens": None}
 
 
@@ -423,15 +332,13 @@ def load_run(path: str | Path, **settings: Any) -> tuple[LLaMA, Tokenizer]:
     """
     path = Path(path)
     path = (list_checkpoints(path) or [path])[-1]
-    config = Config(**asdict(read_network(path)), **settings)
-    choose_kernels(config.kernels)
-    model = build_for_inference(config)
+    model = build_for_inference(Config(**asdict(read_network(path)), **settings))
     load_weights(model, path)
     return model, open_tokenizer(path)
 
 
 def named_parameters(model: LLaMA) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer knows, by name; a tied head is not there twice."""
+    """The optimizer's parameters by name, resharded; a tied head is listed once."""
     for module in model.modules():
         # A forward pass without a backward one (validation) leaves FSDP with gathered weights.
         if isinstance(module, FSDPModule):
@@ -439,81 +346,80 @@ def named_parameters(model: LLaMA) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's moments, all zero: what PyTorch makes at the first step, made at once, so that they
-    can be filled from a checkpoint (and saved) without a special case."""
-    # Sharded like the parameter, since zeros_like of a DTensor is one.
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+def optimizer_tensors(model: LLaMA, optimizers: list[Optimizer],
+                      every_counter: bool = False) -> dict[str, Tensor]:
+    """The state of all optimizers by `PARAMETER.ENTRY`, whatever they call their entries. A counter
+    that is the same for all parameters is there once, for the first, unless `every_counter`."""
+    parameters, state, tensors = named_parameters(model), {}, {}
+    for optimizer in optimizers:
+        state |= optimizer.state  # {parameter: {entry: tensor}}
+    # Entry by entry, and not parameter by parameter: tensor i is saved by process i mod N, and if
+    # AdamW's step, exp_avg and exp_avg_sq alternated, one process of three would save only steps.
+    for entry in dict.fromkeys(entry for entries in state.values() for entry in entries):
+        named = {f"{name}.{entry}": state[parameter][entry]
+                 for name, parameter in parameters.items() if entry in state.get(parameter, {})}
+        counters = [tensor for tensor in named.values() if tensor.dim() == 0]
+        same = len(counters) == len(named) and all(c == counters[0] for c in counters)
+        if same and not every_counter:
+            named = dict([*named.items()][:1])
+        tensors |= named
+    return tensors
 
 
-def optimizer_tensors(model: LLaMA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments by name: `PARAMETER.exp_avg` and `PARAMETER.exp_avg_sq`."""
-    moments = {}
-    for name, parameter in named_parameters(model).items():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moments[f"{name}.{kind}"] = optimizer.state[parameter][kind]
-    return moments
+def load_optimizer(model: LLaMA, optimizers: list[Optimizer], path: Path) -> None:
+    """Fill the optimizers' state from a verified checkpoint; the weights are to be loaded after it.
 
-
-def load_optimizer(model: LLaMA, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Fill AdamW's moments and its count of updates from a verified checkpoint. Its settings stay
-    those of the config: what is recorded is what is in effect."""
-    ours = optimizer_tensors(model, optimizer)
-    missing = set(ours)
-    for name, values in read_tensors(path / "train_state", "optimizer"):
-        if name not in ours or ours[name].shape != values.shape:
-            raise UserError(f"{path} cannot be resumed: {name} does not fit this model.")
-        copy_into_shard(ours[name], values)
-        missing.discard(name)
-    updates = read_json(path / "train_state" / "state.json").get("updates")
-    if missing or type(updates) is not int:
-        raise UserError(f"{path} cannot be resumed: its training state is not complete.")
-    for state in optimizer.state.values():
-        state["step"].fill_(updates)
+    Learning rate, betas and so on stay those of the config. UserError if the state does not fit.
+    """
+    # An optimizer makes its state in its first step. A step at rate 0 makes the same here, of the
+    # right types and sharded alike, and then all values are replaced.
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # train_step sets it before every step
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    saved = dict(read_tensors(path / "train_state", "optimizer"))  # mapped, not in memory
+    values = torch.empty(0)
+    for name, tensor in optimizer_tensors(model, optimizers, every_counter=True).items():
+        # A counter that was saved once, for the first parameter, is that of all.
+        values = saved.pop(name, values if tensor.dim() == 0 else torch.empty(0))
+        if values.shape != tensor.shape:  # copy_ would broadcast it without a word
+            raise UserError(f"{path} cannot be resumed: {name} is missing in its train_state, or"
+                            " has another shape.")
+        copy_into_shard(tensor, values)
+    if saved:
+        raise UserError(f"{path} cannot be resumed: no optimizer here has {[*saved][0]}.")
 
 
 # ---------------------------------------------------------------------------------------------
-# writing a checkpoint
+# writing a checkpoint: every process writes its share, then process 0 publishes all of them
 
 
-def save_checkpoint(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
-                    tokenizer: Tokenizer, metadata: dict[str, Any],
-                    delete_old: Callable[[], None], pool: ThreadPoolExecutor) -> Future:
-    """Copy the state of training to host memory, and write it in a thread while training goes on.
+class Saving(NamedTuple):
+    """A checkpoint that is being written."""
 
-    All processes call this; each copies and writes its share of the tensors. metadata: what the
-    manifest says beside the hashes; delete_old: called by the first process when all is in place.
-    The future raises UserError if it could not be written; the checkpoints before it are untouched.
+    path: Path
+    tmp: Path  # its name until it is complete
+    model: LLaMA
+    metadata: dict[str, Any]  # entries of manifest.json beside the hashes
+    share: Future  # of write_share: done when this process has written its files
+
+
+def begin_save(path: Path, model: LLaMA, optimizers: list[Optimizer], tokenizer: Tokenizer,
+               metadata: dict[str, Any], pool: ThreadPoolExecutor) -> Saving:
+    """Copy the state of training to the host, and begin to write it in a thread of `pool`.
+
+    All processes call this, and `finish_save` when `share` is done in all of them.
     """
-    # All in a directory of another name, so that what is called ckpt_007 is always whole.
     tmp = path.with_name(f"{path.name}.tmp")
-    on_rank_zero(lambda: begin_unfinished(tmp))
-    # Not the step of the run: where on_nonfinite = "skip_step" has left out an update, AdamW has
-    # made fewer, and its bias correction goes by these. Every parameter has the same number.
-    updates = next(iter(optimizer.state.values()))["step"]
-    # No state of a random generator is saved: nothing in training draws from one.
-    state = {"step": metadata["step"], "updates": int(updates)}
+    on_rank_zero(lambda: (tmp / "train_state").mkdir(parents=True))
+    # No state of a random generator is saved, because nothing in training draws from one.
     weights = copy_to_host(named_parameters(model))
-    moments = copy_to_host(optimizer_tensors(model, optimizer))
-
-    def write() -> None:
-        try:
-            write_share(tmp, weights, moments)
-            if rank() == 0:
-                write_json(tmp / "train_state" / "state.json", state)
-                publish(tmp, path, model, tokenizer, metadata)
-                # Only now: until the new checkpoint has its name, the old ones are all there is.
-                delete_old()
-        except OSError as error:
-            with contextlib.suppress(OSError, UserError):
-                remove_unfinished(tmp)
-            raise UserError(f"Could not save {path}: {error.strerror or error}. The checkpoints"
-                            " before it are untouched; make room and start the same command again.")
-
-    return pool.submit(write)
+    state = copy_to_host(optimizer_tensors(model, optimizers))
+    share = pool.submit(write_share, tmp, model, tokenizer, weights, state)
+    return Saving(path, tmp, model, metadata, share)
 
 
 def copy_to_host(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -531,74 +437,68 @@ def copy_to_host(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     return mine
 
 
-def write_share(tmp: Path, weights: list[tuple[str, Tensor]],
-                moments: list[tuple[str, Tensor]]) -> None:
-    """Write this process's two files, and rank_N.json, which tells the first process of them."""
+def write_share(tmp: Path, model: LLaMA, tokenizer: Tokenizer, weights: list[tuple[str, Tensor]],
+                state: list[tuple[str, Tensor]]) -> dict[str, dict[str, str]]:
+    """Write this process's two files and, in process 0, config and tokenizer; returns the sha256 of
+    each tensor and file, and the weight_map of Hugging Face's index."""
     shard = f"-{rank() + 1:05}-of-{world_size():05}" if world_size() > 1 else ""
-    model, optimizer = f"model{shard}.safetensors", f"train_state/optimizer{shard}.safetensors"
-    (tmp / "train_state").mkdir(exist_ok=True)
-    hashes = write_safetensors(tmp / model, weights)
-    written = {"weight_map": dict.fromkeys(hashes, model),
-               "tensors": hashes | write_safetensors(tmp / optimizer, moments),
-               "files": {name: sha256_file(tmp / name) for name in (model, optimizer)}}
-    # Written under another name first, so that the first process never reads half of it.
-    half = tmp / f"rank_{rank()}.half"
-    write_json(half, written)
-    half.rename(half.with_suffix(".json"))  # the name that the first process waits for
+    names = [f"model{shard}.safetensors", f"train_state/optimizer{shard}.safetensors"]
+    weight_hashes = write_safetensors(tmp / names[0], weights)
+    tensors = weight_hashes | write_safetensors(tmp / names[1], state)
+    if rank() == 0:
+        write_json(tmp / "config.json", hugging_face_config(model, tokenizer.eos_id))
+        write_json(tmp / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
+        tokenizer.save(tmp)
+        names += [file.name for file in tmp.glob("*.json")]
+    return {"tensors": tensors, "weight_map": dict.fromkeys(weight_hashes, names[0]),
+            "files": {name: sha256_file(tmp / name) for name in names}}
 
 
-def publish(tmp: Path, path: Path, model: LLaMA, tokenizer: Tokenizer,
-            metadata: dict[str, Any]) -> None:
-    """When all processes have written their files: index, config, tokenizer, manifest, rename.
+def finish_save(saving: Saving) -> str:
+    """Wait until all processes have written their shares, and publish; returns weights_sha256.
 
-    This needs no collective, which training may be using: it only looks for the others' files.
+    All processes call this; UserError in all of them if one could not write.
     """
-    c, weight_map = model.config, {}
-    tensors: dict[str, str] = {}
-    files: dict[str, str] = {}
-    # A process that has died writes nothing, and this thread must not keep its own from ending.
-    deadline = time.monotonic() + 60 * c.timeout_minutes
-    for r in range(world_size()):
-        theirs = tmp / f"rank_{r}.json"
-        while not theirs.exists():
-            if time.monotonic() > deadline:
-                raise UserError(f"Could not save {path}: process {r} has not written its share in"
-                                f" timeout_minutes = {c.timeout_minutes:g}.")
-            time.sleep(0.02)
-        written = json.loads(theirs.read_text(encoding="utf-8"))
-        weight_map |= written["weight_map"]
-        tensors |= written["tensors"]
-        files |= written["files"]
-        theirs.unlink()
-    if world_size() > 1:
-        write_json(tmp / "model.safetensors.index.json", {
-            "metadata": {"total_size": 4 * model.n_params}, "weight_map": weight_map})
-    write_json(tmp / "config.json", hugging_face_config(model, tokenizer.eos_id))
-    write_json(tmp / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
-    tokenizer.save_hugging_face(tmp)
-    for file in [*tmp.glob("*.json"), tmp / "train_state" / "state.json"]:
-        files[file.relative_to(tmp).as_posix()] = sha256_file(file)
+    try:
+        shares = on_all_ranks(saving.share.result)
+        return on_rank_zero(lambda: publish(saving, shares))
+    except OSError as error:
+        if rank() == 0:
+            shutil.rmtree(saving.tmp, ignore_errors=True)
+        raise UserError(f"Could not save {saving.path}: {error.strerror or error}. The checkpoints"
+                        " before it are untouched; make room and start the same command again.")
+
+
+def publish(saving: Saving, shares: list[dict[str, dict[str, str]]]) -> str:
+    """Write index and manifest, sync, and rename the directory; returns weights_sha256."""
+    tmp, tensors, weight_map, files = saving.tmp, {}, {}, {}
+    for share in shares:
+        tensors |= share["tensors"]
+        weight_map |= share["weight_map"]
+        files |= share["files"]
+    if len(shares) > 1:
+        index = "model.safetensors.index.json"
+        total = {"total_size": 4 * saving.model.n_params}
+        write_json(tmp / index, {"metadata": total, "weight_map": weight_map})
+        files[index] = sha256_file(tmp / index)
     # Of the tensors and not of the files: the same weights have the same hash, however many
     # processes have written them.
-    weights = {name: tensors[name] for name in sorted(weight_map)}
-    manifest = metadata | {"format": FORMAT, "weights_sha256": sha256_json(weights),
-                           "tensors": dict(sorted(tensors.items())),
-                           "files": dict(sorted(files.items()))}
+    weights_sha256 = sha256_json({name: tensors[name] for name in weight_map})
+    manifest = saving.metadata | {"format": FORMAT, "weights_sha256": weights_sha256,
+                                  "tensors": dict(sorted(tensors.items())),
+                                  "files": dict(sorted(files.items()))}
     # With its own hash, so that a flipped bit in the manifest itself is found too.
     write_json(tmp / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
-    # On the disk before it has its name: a machine that loses its power keeps either all or none.
+    # fsync before the rename: a power loss leaves either a complete checkpoint or none.
     sync_directory(tmp / "train_state")
     sync_directory(tmp)
-    if path.exists():
-        delete_directory(path)
-    tmp.rename(path)
-    # If a kill comes in between the mark stays, but it says ckpt_007.tmp: ckpt_007 counts as whole.
-    (path / MARK).unlink(missing_ok=True)
-    sync_directory(path.parent)
+    tmp.rename(saving.path)
+    sync_directory(saving.path.parent)
+    return weights_sha256
 
 
 def sync_directory(directory: Path) -> None:
-    """Have the names in a directory on the disk, not in a cache."""
+    """fsync a directory, so that renames in it survive a power loss."""
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -609,17 +509,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
-    """(sound ones by their step, those whose manifest is missing or damaged) of a run."""
-    sound, damaged = [], []
-    # By the step in the manifest and not by the name or the time of the directory.
-    for path in Path(run_dir).glob("*_*"):
+    """(sound checkpoints by their step, those whose manifest is missing or damaged) of a run."""
+    steps = {}
+    for path in sorted(Path(run_dir).glob("*_*")):
         if NAME.fullmatch(path.name) and path.is_dir():
-            manifest = read_manifest(path)
-            if manifest:
-                sound.append((manifest["step"], path.name, path))
-            else:
-                damaged.append(path)
-    return [path for _, _, path in sorted(sound)], sorted(damaged)
+            steps[path] = read_manifest(path).get("step")
+    sound = [path for path in steps if steps[path] is not None]
+    return sorted(sound, key=steps.get), [path for path in steps if path not in sound]
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -627,62 +523,69 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
     return find_checkpoints(run_dir)[0]
 
 
+def checkpoint_at(run_dir: str | Path, step: int) -> Path | None:
+    """The checkpoint of a run after `step` optimizer steps, if there is one."""
+    paths = [p for p in list_checkpoints(run_dir) if read_manifest(p)["step"] == step]
+    return paths[0] if paths else None
+
+
 def delete_directory(path: Path) -> None:
-    """Remove a checkpoint or a training state: first its name, so that a kill in the middle leaves
-    nothing that looks like one."""
-    gone = path.with_name(f"{path.name}.deleted.tmp")
-    remove_unfinished(gone)
-    (path / MARK).write_text(f"{gone.name}: being deleted\n")
-    path.rename(gone)
-    remove_unfinished(gone)
+    """Remove a checkpoint or a training state. Of a link nothing but the link is removed."""
+    # First its name, so that a kill in the middle leaves nothing that looks like a checkpoint.
+    gone = path.with_name(f"{path.name}.tmp")
+    remove(gone)
+    remove(path.rename(gone))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that must not count any more to NAME.aside; nothing is lost."""
-    n, target = 1, path.with_name(f"{path.name}.aside")
+    target = path.with_name(f"{path.name}.aside")
     while target.exists():
-        n += 1
-        target = path.with_name(f"{path.name}.aside{n}")
-    path.rename(target)
-    return target
+        target = target.with_name(f"{target.name}.aside")
+    return path.rename(target)
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a kill left of a save or of a deletion, and nothing else."""
-    for path in [*run_dir.glob("*.tmp"), *run_dir.glob("*/train_state.deleted.tmp")]:
-        name = path.name if path.parent == run_dir else path.parent.name
-        if NAME.match(name) and is_unfinished(path):
-            remove_unfinished(path)
+    """Remove what a kill left of a save or of a deletion, ckpt_007.tmp or train_state.tmp."""
+    run_dir = run_dir.resolve()
+    for path in [*run_dir.glob("*.tmp"), *run_dir.glob("*/train_state.tmp")]:
+        ours = NAME.match(path.relative_to(run_dir).parts[0])
+        if ours and not path.parent.is_symlink():  # a link to a checkpoint of another run
+            remove(path)
 
 
 def drop_old_checkpoints(run_dir: Path, keep_rolling: int, keep_train_state: int) -> None:
     """Keep the newest rolling checkpoints, and the newest training states (0 = all)."""
-    # Only sound checkpoints count: a damaged one must not cost the life of a good one.
+    # Only sound ones count, so that a damaged checkpoint does not cause a good one to be deleted.
     rolling = [path for path in list_checkpoints(run_dir) if path.name.startswith("step_")]
     # Not rolling[:-keep_rolling], which is empty for 0 and would keep them all.
     for path in rolling[: max(0, len(rolling) - keep_rolling)]:
         delete_directory(path)
-    if keep_train_state:
-        for path in list_checkpoints(run_dir)[:-keep_train_state]:
-            if (path / "train_state").exists():
-                delete_directory(path / "train_state")
+    for path in list_checkpoints(run_dir)[:-keep_train_state] if keep_train_state else []:
+        if (path / "train_state").exists() and not path.is_symlink():
+            delete_directory(path / "train_state")
 
 
 def weights_hash(path: Path) -> str:
-    """A hash that changes with the weights: of their tensors, or of a published directory's files
-    as the system lists them."""
+    """A hash that changes with the weights: weights_sha256 of a checkpoint, or one of the files of
+    a published directory, which takes about a minute for a 7B."""
     manifest = read_manifest(path)
     if manifest:
         return manifest["weights_sha256"]
-    return sha256_json([(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                        for file in sorted(path.iterdir())])
+    files = [path / "config.json", *tensor_files(path)]
+    return sha256_json([sha256_file(regular(file)) for file in files])
 
 
 def select_checkpoints(run_dir: str, which: str) -> list[Path]:
-    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or paths.
-
-    A path may be one of a published directory. Raises UserError for what is not there.
-    """
+    """The checkpoints `which` names: "all" (one per chunk), "last", "7", "0,4,9", or paths, also of
+    published directories. UserError for what is not there."""
     found, damaged = find_checkpoints(run_dir)
     if which == "all":
         paths = [path for path in found if path.name.startswith("ckpt_")] or found[-1:]
@@ -695,9 +598,9 @@ def select_checkpoints(run_dir: str, which: str) -> list[Path]:
                  for part in which.split(",")]
     for path in paths:
         if not (read_manifest(path) or is_published(path)):
-            names = ", ".join(p.name for p in found) or "none"
             problem = f" ({verify_checkpoint(path)})" if path.exists() else ""
-            raise UserError(f"There is no checkpoint {path}{problem}; {run_dir} has: {names}.")
+            raise UserError(f"There is no checkpoint {path}{problem}; {run_dir} has:"
+                            f" {', '.join(p.name for p in found) or 'none'}.")
     if not paths:
         raise UserError(f"{run_dir} has no checkpoint yet: run train.py with this config first.")
     return paths
@@ -707,72 +610,48 @@ def select_checkpoints(run_dir: str, which: str) -> list[Path]:
 # lines of JSON: records that are only ever added to
 
 
-def read_records(path: Path, form: Any = dict) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that have a form (see `has_form`). Others may have written it:
-    lines of another form are left out, and that is said."""
-    records, left_out = [], 0
-    lines = read_regular(path).split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not (has_form(record, dict) and has_form(record, form)):
-                raise ValueError
-            records.append(record)
-        except (ValueError, RecursionError):
-            # The last one may be half written just now; others may be empty.
-            left_out += bool(line) and number < len(lines)
-    if left_out:
-        say_once(f"{path}: {left_out} lines are damaged, and left out.")
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; other lines, as a kill leaves them, are left out."""
+    lines, records = read_regular(path).splitlines() if path.exists() else [], []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    records = [record for record in records if isinstance(record, dict)]
+    if len(records) < len(lines):
+        tqdm.write(f"{path}: {len(lines) - len(records)} lines are damaged, and left out.")
     return records
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    tqdm.write(text)
-
-
-# A line of metrics.jsonl and one of eval.jsonl.
-METRICS = {"step": is_count, "tokens": is_count, "chunk?": is_count, "loss?": is_number,
-           "grad_norm?": is_number, "lr?": is_number, "tokens_per_s?": is_number,
-           "loss_by_source?": {str: is_number},
-           "valid?": {str: {"loss": is_number, "bits_per_byte": is_number}}}
-RESULT = {"of": dict, "evaluation": str, "result": dict, "checkpoint": str,
-          "step": lambda step: step is None or is_count(step),
-          "tokens": lambda tokens: tokens is None or is_count(tokens)}
 
 
 def read_metrics(run_dir: str | Path) -> dict[int, dict[str, Any]]:
     """The lines of a run's metrics.jsonl, by their step."""
-    return {record["step"]: record
-            for record in read_records(Path(run_dir, "metrics.jsonl"), METRICS)}
+    return {record["step"]: record for record in read_records(Path(run_dir, "metrics.jsonl"))}
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
-        with open(path, "a+b") as f:
-            with contextlib.suppress(ImportError, OSError):  # Windows, file systems without locks
-                import fcntl
-                fcntl.flock(f, fcntl.LOCK_EX)
-            # A line that a kill has cut short gets its end, so that this one is not lost with it.
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - 1))
-            torn = f.read(1) not in (b"", b"\n")
-            f.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"Could not add to {path}: {error.strerror or error}.")
+    path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
+    # O_APPEND, and no buffer: a line is one write to the end, so lines of two processes never mix.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o666), "r+b", buffering=0) as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        torn = f.read(1) not in (b"", b"\n")  # the line that was cut short is ended
+        line = b"\n" * torn + json.dumps(record).encode() + b"\n"
+        try:
+            while line:  # a disk that is almost full takes a part, and refuses the rest
+                line = line[f.write(line) :]
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replace a .jsonl file, so that what is appended next begins on a line of its own."""
-    half = path.with_name(f"{path.name}.half")
-    half.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    half.replace(path)
+    with writing(path) as f:
+        f.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 # ---------------------------------------------------------------------------------------------
-# measuring checkpoints: each once, the work shared out over torchrun's processes
+# measuring checkpoints: each once, the work divided among torchrun's processes
 
 
 class Evaluation(NamedTuple):
@@ -784,83 +663,52 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path],
-                         evaluations: list[Evaluation], finish: bool = True
-                         ) -> list[dict[str, Any]]:
+                         evaluations: list[Evaluation]) -> list[dict[str, Any]]:
     """The result of every evaluation of every checkpoint, in that order.
 
-    Results are lines of `file`, added as soon as they are there; what is there is not measured
-    again. torchrun's processes share the work and meet at the end; finish = False returns before
-    that, with no results. A damaged checkpoint is named and left out.
+    Each is a line of `file`, and is not measured again. torchrun's processes share the work, and
+    meet at the start and at the end. A checkpoint that cannot be loaded is named and left out.
     """
-    # Not rank(): there is no process group before `meet`, but torchrun's variables are there.
-    rank_here, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # To load a checkpoint is the expensive part, so one process has all of its evaluations; only
-    # when there are more processes than checkpoints do several (a team) share one.
-    team = max(1, world // max(1, len(paths)))
-    known = known_results(file)
-    asked: list[tuple[Path, str]] = []  # checkpoint, and what a result of it is a result of
-    damaged: set[Path] = set()
-    for i, path in enumerate(paths):
-        # A result belongs to weights, data and settings, not to a name that may be trained anew.
-        weights = weights_hash(path)
-        mine = []
-        for j, evaluation in enumerate(evaluations):
-            of = {"weights": weights, "dtype": str(model.dtype)[6:],
-                  "evaluation": evaluation.name, "inputs": evaluation.inputs}
-            asked.append((path, json.dumps(of)))
-            # The processes from i * team on take the evaluations of checkpoint i in turn.
-            if json.dumps(of) not in known and (i * team + j % team) % world == rank_here:
-                mine.append((evaluation, of))
-        if mine and not measure(file, model, path, mine):
-            damaged.add(path)
-    if not finish:
-        return []
-    damaged = meet(damaged)
-    known = known_results(file)
+    # A process waits at the end for the slowest. If one dies, torchrun ends the others.
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    # A result belongs to weights, data and settings, and not to the name of a checkpoint.
+    hashes = on_rank_zero(lambda: [weights_hash(path) for path in paths])
+    requests = []  # (checkpoint, evaluation, cache key)
+    for path, weights in zip(paths, hashes):
+        for evaluation in evaluations:
+            key = {"weights": weights, "dtype": str(model.dtype)[6:],
+                   "evaluation": evaluation.name, "inputs": evaluation.inputs}
+            requests.append((path, evaluation, json.dumps(key)))
+    # Process 0 reads for all: the file grows as soon as one process has begun.
+    known = on_rank_zero(lambda: set(cached_results(file)))
+    todo = [request for request in requests if request[2] not in known]
+    # Neighbours in this list share a checkpoint, and to load one is expensive.
+    begin, end = (len(todo) * r // world_size() for r in (rank(), rank() + 1))
+    problems: dict[Path, str] = {}
+    for path, group in itertools.groupby(todo[begin:end], key=lambda request: request[0]):
+        try:
+            manifest = load_weights(model, path)
+        except UserError as error:  # a long evaluation must not end at one bad file of a hundred
+            problems[path] = str(error)
+            tqdm.write(f"Skipping {error}")
+            continue
+        for _, evaluation, key in tqdm([*group], desc=path.name, leave=False, disable=None):
+            append_record(file, {
+                "checkpoint": path.name, "step": manifest["step"], "tokens": manifest["tokens"],
+                "evaluation": evaluation.name, "result": evaluation.run(model),
+                "of": json.loads(key)})
+    for theirs in all_gather_object(problems):
+        problems |= theirs
+    cached = cached_results(file)
     # Two checkpoints with the same weights share a result, and keep their own names.
-    results = [known[of] | {"checkpoint": path.name} for path, of in asked if path not in damaged]
+    results = [cached[key] | {"checkpoint": path.name} for path, _, key in requests
+               if path not in problems]
     if not results:
-        raise UserError(f"None of the checkpoints could be measured: {file.parent} has no sound one"
-                        " among them.")
+        raise UserError(f"No checkpoint could be measured: {[*problems.values()][0]}")
     return results
 
 
-def measure(file: Path, model: LLaMA, path: Path,
-            evaluations: list[tuple[Evaluation, dict[str, Any]]]) -> bool:
-    """Measure a checkpoint and append the results, with what they are results of, to a file;
-    False if the checkpoint is damaged."""
-    # A long evaluation must not end at one bad file of a hundred.
-    problem = verify_checkpoint(path)
-    if problem:
-        tqdm.write(f"Skipping {path}: {problem}.")
-        return False
-    # What this raises is of a sound checkpoint that does not fit this config: it ends the stage.
-    # But a run that is going on deletes its rolling checkpoints, be they read or not.
-    try:
-        manifest = load_weights(model, path, verified=True)
-    except UserError:
-        if path.exists():
-            raise
-        tqdm.write(f"Skipping {path}: it was deleted meanwhile.")
-        return False
-    for evaluation, of in tqdm(evaluations, desc=path.name, leave=False, disable=None):
-        append_record(file, {
-            "checkpoint": path.name, "step": manifest["step"], "tokens": manifest["tokens"],
-            "evaluation": evaluation.name, "result": evaluation.run(model), "of": of})
-    return True
-
-
-def known_results(file: Path) -> dict[str, dict[str, Any]]:
-    """The results in a file, by what they are results of."""
-    return {json.dumps(record["of"]): record for record in read_records(file, RESULT)}
-
-
-def meet(damaged: set[Path]) -> set[Path]:
-    """Wait for torchrun's other processes; what any of them has found damaged."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return damaged
-    # Only now: until here the processes have nothing to say to each other, and one may be slow.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    found = set().union(*all_gather_object(damaged))
-    dist.destroy_process_group()
-    return found
+def cached_results(file: Path) -> dict[str, dict[str, Any]]:
+    """The results in a file, by cache key."""
+    return {json.dumps(record["of"]): record for record in read_records(file)}

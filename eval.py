@@ -2,7 +2,6 @@
 
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
-    python eval.py configs/amber_tiny.py --watch               # follow a run that is going on
     python eval.py configs/amber_tiny.py --text=model.py       # perplexity of any text
     python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest checkpoint
     torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work is shared
@@ -12,16 +11,10 @@ again. Prompts, few-shot examples, token ids and scores of the benchmarks are th
 lm-evaluation-harness 0.4.13; docs/evaluation.md says where their files come from.
 """
 
-import csv
 import functools
-import hashlib
 import json
 import math
-import os
 import re
-import shlex
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -29,20 +22,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import checkpoint
+import checkpoint as ckpt
 import kernels
-from checkpoint import Evaluation
 from configs import Config, UserError, load, read_regular, run_command
 from data import Data, load_data, sha256_file, sha256_json
-from model import KVCache, LLaMA, build_for_inference, choose_kernels, continue_text
-from parallel import all_gather_object
+from model import KVCache, LLaMA, continue_text
+from parallel import all_gather_object, build_for_inference, rank
 from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
 
-POLL_SECONDS = 10.0  # --watch: between two looks at the run
-MIN_SHARED = 0.1  # of a batch's tokens: a prefix that spares less is not computed apart
+MIN_SHARED = 0.1  # read a shared prefix once only if that saves this fraction of a batch's tokens
 
 
 @dataclass
@@ -50,8 +41,7 @@ class Flags:
     """What eval.py takes beside the settings."""
 
     checkpoints: str = "all"  # "last", "7", "0,4,9" or paths; "all" = one per chunk
-    watch: bool = False  # measure the checkpoints of a run that is going on, until it ends
-    text: str = ""  # a file or folder: its perplexity, and nothing else
+    text: str = ""  # a text file: its perplexity, and nothing else
     stride: int = 0  # tokens scored per window of --text; 0 = half a window
     sequences: int = 1000  # validation sequences of each source; 0 = all
     batch: int = 32  # sequences in memory at a time
@@ -65,7 +55,7 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
              rank: int = 0, world: int = 1) -> dict[str, dict[str, float]]:
     """Loss (nats per token) and bits per byte of the first `limit` validation sequences of each
     source (None = all), any `batch` at a time. With world > 1 every process must call this."""
-    # Nothing here draws a random number or moves the data order: training goes on as without it.
+    # Training calls this too: it draws no random number and leaves the data order alone.
     token_bytes = data.tokenizer.token_bytes  # (V,)
     device = model.lm_head.weight.device
     results = {}
@@ -74,16 +64,16 @@ def validate(model: LLaMA, data: Data, limit: int | None, batch: int,
         sums = []  # of each batch: nats, tokens, bytes
         for start in range(0, len(sequences), batch * world):
             mine = sequences[start + batch * rank :][:batch]
-            # A process without sequences of its own computes too, on one that does not count,
-            # because FSDP gathers the weights from all processes.
+            # FSDP gathers the weights from all processes, so one that has no sequences left
+            # computes too, on a sequence that does not count.
             ids = mine if len(mine) else sequences[:1]
             ids = torch.from_numpy(ids.astype(np.int64)).to(device)  # (B, T + 1)
             _, token_losses = model(ids[:, :-1], ids[:, 1:])  # (B, T)
             nats, targets = token_losses[: len(mine)].double().sum(), mine[:, 1:]
             sums.append([float(nats), targets.size, float(token_bytes[targets].sum())])
-        everyones = all_gather_object(sums) if world > 1 else [sums]
+        gathered = all_gather_object(sums) if world > 1 else [sums]
         # fsum rounds once, at its end: the order of the batches and processes does not matter.
-        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*sum(everyones, [])))
+        nats, tokens, n_bytes = (math.fsum(column) for column in zip(*sum(gathered, [])))
         results[source] = text_figures(nats, tokens, n_bytes)
     return results
 
@@ -94,33 +84,30 @@ def text_figures(nats: float, tokens: float, n_bytes: float) -> dict[str, float]
 
 
 # ---------------------------------------------------------------------------------------------
-# questions: what the files of benchmarks hold, and how it is asked
+# questions: the files of benchmarks, and how they become token ids
 
 
 class Task(NamedTuple):
     metric: str  # the one that is reported: "acc", "acc_norm" (per character) or "mc2"
-    num_fewshot: int  # solved examples before a question
-    fewshot_split: str  # where these come from
-    split: str  # the split whose questions are asked
-    hub: str  # where its files are, on huggingface.co/datasets
-    folder: str = ""  # under task_dir; "" = the task's name
+    split: str = ""  # the split whose questions are asked; "" = made here, without files
+    num_fewshot: int = 0  # solved examples before a question
+    fewshot_split: str = ""  # the split that these come from
 
 
-TRUTHFULQA = ("", "validation", "truthfulqa/truthful_qa, folder multiple_choice", "truthfulqa")
 TASKS = {
-    # These two are made here, of validation sequences: see synthetic_questions.
-    "continuation": Task("acc", 0, "", "", ""),
-    "recall": Task("acc", 0, "", "", ""),
+    # Made of validation sequences: see synthetic_questions.
+    "continuation": Task("acc"),
+    "recall": Task("acc"),
     # The files of these must be downloaded. Shots are those of LLM360's evaluation of Amber.
-    "arc_challenge": Task("acc_norm", 25, "train", "test", "allenai/ai2_arc, folder ARC-Challenge"),
-    "hellaswag": Task("acc_norm", 10, "train", "validation", "Rowan/hellaswag"),
-    "mmlu": Task("acc", 5, "dev", "test", "cais/mmlu, a folder per subject"),
-    "truthfulqa_mc1": Task("acc", 0, *TRUTHFULQA),
-    "truthfulqa_mc2": Task("mc2", 0, *TRUTHFULQA),
-    "piqa": Task("acc_norm", 0, "", "validation", "baber/piqa"),
-    "winogrande": Task("acc", 0, "", "validation", "allenai/winogrande, folder winogrande_xl"),
-    "boolq": Task("acc", 0, "", "validation", "aps/super_glue, folder boolq"),
-    "openbookqa": Task("acc_norm", 0, "", "test", "allenai/openbookqa, folder main"),
+    "arc_challenge": Task("acc_norm", "test", 25, "train"),
+    "hellaswag": Task("acc_norm", "validation", 10, "train"),
+    "mmlu": Task("acc", "test", 5, "dev"),
+    "truthfulqa_mc1": Task("acc", "validation"),
+    "truthfulqa_mc2": Task("mc2", "validation"),
+    "piqa": Task("acc_norm", "validation"),
+    "winogrande": Task("acc", "validation"),
+    "boolq": Task("acc", "validation"),
+    "openbookqa": Task("acc_norm", "test"),
 }
 MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 TRUTHFULQA_PROMPT = """\
@@ -144,14 +131,14 @@ A: The 1992 Olympics were held in Barcelona, Spain."""  # Lin et al. 2021
 
 
 def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
-    """(a context per choice, the choices, 1 for those that are right) of an entry of a data set."""
+    """An entry of a data set: (a context per choice, the choices, 1 where a choice is right)."""
     if task == "arc_challenge":
         # The answer is a label, one of A to E or of 1 to 5.
         context, choices = f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"]
         gold = doc["choices"]["label"].index(doc["answerKey"])
     elif task == "hellaswag":
         context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
-        # Many of these texts are of WikiHow, whose pages left marks in them.
+        # Many of these texts come from WikiHow, and still contain its markup.
         texts = [text.strip().replace(" [title]", ". ") for text in (context, *doc["endings"])]
         texts = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in texts]
         context, *choices = texts
@@ -170,7 +157,7 @@ def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
         context = f"Question: {doc['goal']}\nAnswer:"
         choices, gold = [doc["sol1"], doc["sol2"]], doc["label"]
     elif task == "winogrande":
-        # Either name is put into the gap, and the rest of the sentence is scored after it.
+        # Each name is put into the gap, and the rest of the sentence is scored after it.
         before, _, after = doc["sentence"].partition("_")
         context = [before + doc["option1"], before + doc["option2"]]
         choices, gold = [after.strip()] * 2, int(doc["answer"]) - 1
@@ -186,32 +173,42 @@ def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
     return contexts, choices, np.array(gold, int)
 
 
-def find_files(config: Config, name: str, split: str) -> list[Path]:
-    """SPLIT.jsonl or SPLIT-*.parquet of a benchmark, none for ""; UserError if they are missing."""
-    task, _, subject = name.partition("/")
-    folder = Path(config.task_dir, TASKS[task].folder or task, subject)
-    files = [p for p in folder.glob(f"{split}[.-]*") if p.suffix in (".jsonl", ".parquet")]
-    if split and not files:
-        raise UserError(f"{folder} has no {split}.jsonl and no {split}*.parquet: it is the split"
-                        f" {split!r} of huggingface.co/datasets/{TASKS[task].hub}.")
-    return sorted(files) if split else []
+def find_tasks(config: Config) -> dict[str, list[list[Path]]]:
+    """The tasks that `tasks` names, or all that are there, MMLU as its subjects: for each the files
+    (SPLIT.jsonl or SPLIT-*.parquet) of its questions and of its examples."""
+    tasks: dict[str, list[list[Path]]] = {}
+    for name in config.tasks.split(",") if config.tasks else TASKS:
+        if name not in TASKS:
+            raise UserError(f"tasks: there is no {name!r}; there are {', '.join(TASKS)}.")
+        task, folder = TASKS[name], Path(config.task_dir, name.partition("_mc")[0])
+        if task.split and not config.tasks and not folder.is_dir():
+            continue
+        subjects = [""]
+        if name == "mmlu":  # a result for each subject, because there are many questions
+            subjects = sorted({p.parent.name for p in folder.glob("*/test[.-]*")} - {"all"}) or [""]
+        for subject in subjects:
+            files = tasks[f"{name}/{subject}".rstrip("/")] = []
+            for split in (task.split, task.fewshot_split):
+                found = [path for path in Path(folder, subject).glob(f"{split}[.-]*")
+                         if split and path.suffix in (".jsonl", ".parquet")]
+                if split and not found:
+                    raise UserError(f"{Path(folder, subject)} has no {split}.jsonl and no {split}-*"
+                                    ".parquet: docs/evaluation.md says where to get them.")
+                files.append(sorted(found))
+    return tasks
 
 
 def read_docs(files: list[Path]) -> list[dict]:
-    """The entries of .jsonl and .parquet files; UserError if one cannot be read."""
+    """The entries of .jsonl and .parquet files; .parquet needs the package pyarrow."""
     docs: list[dict] = []
     for file in files:
-        try:
-            if file.suffix == ".parquet":
-                from pyarrow import parquet
-                docs += parquet.ParquetFile(file).read().to_pylist()
-            else:
-                # Not splitlines: a JSON string may hold U+2028, which that takes for a line's end.
-                lines = read_regular(file).decode().split("\n")
-                docs += [json.loads(line) for line in lines if line.strip()]
-        except Exception as error:  # pyarrow has many kinds of its own
-            raise UserError(f"{file} cannot be read ({error}). Is the download whole? .parquet also"
-                            " needs pyarrow: pip install pyarrow.")
+        if file.suffix == ".parquet":
+            from pyarrow import parquet
+            docs += parquet.ParquetFile(file).read().to_pylist()
+        else:
+            # Not splitlines: a JSON string may hold U+2028, which that takes for a line's end.
+            lines = read_regular(file).decode().split("\n")
+            docs += [json.loads(line) for line in lines if line.strip()]
     return docs
 
 
@@ -226,44 +223,35 @@ class Question(NamedTuple):
     gold: np.ndarray  # 1 where a choice is right, else 0
 
 
-def build_questions(config: Config, data: Data, name: str) -> list[Question]:
-    """The questions of a task, or of a subject of MMLU, ready to be scored."""
+def build_questions(config: Config, data: Data, name: str,
+                    files: list[list[Path]]) -> list[Question]:
+    """The questions of a task, or of a subject of MMLU, ready to be scored; see `find_tasks`."""
     task_name, _, subject = name.partition("/")
     task = TASKS[task_name]
-    if not task.hub:
+    if not task.split:
         return synthetic_questions(data, name)
-    docs = read_docs(find_files(config, name, task.split))
-    pool = read_docs(find_files(config, name, task.fewshot_split))
-    # From a training split draw_examples draws one more than it needs.
-    if not docs or len(pool) < task.num_fewshot + (task.fewshot_split == "train"):
-        raise UserError(f"{name} has {len(docs)} questions, and {len(pool)} entries to draw"
-                        f" {task.num_fewshot} examples from: too few. Is the download whole?")
+    docs, pool = map(read_docs, files)
     header = MMLU_HEADER.format(subject.replace("_", " ")) if subject else ""
     random = Random(1234)  # the harness's seed, and one stream for all questions
     solved: list[str] = []  # the pool's questions, each with its right answer
+    for doc in pool:
+        contexts, choices, gold = format_doc(task_name, doc)
+        solved.append(f"{contexts[gold.argmax()]} {choices[gold.argmax()]}\n\n")
     questions: list[Question] = []
-    try:
-        for doc in pool:
-            contexts, choices, gold = format_doc(task_name, doc)
-            solved.append(f"{contexts[gold.argmax()]} {choices[gold.argmax()]}\n\n")
-        for doc in docs:
-            prompt = header + "".join(solved[i] for i in draw_examples(task, pool, doc, random))
-            contexts, choices, gold = format_doc(task_name, doc)
-            requests = [encode_request(data.tokenizer, prompt + context, choice, config.seq_len)
-                        for context, choice in zip(contexts, choices)]
-            questions.append(Question(requests, np.array([len(c) for c in choices]), gold))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{name}, after {len(questions)} questions: an entry is not in the form of"
-                        f" huggingface.co/datasets/{task.hub} ({error!r}).")
+    for doc in docs:
+        prompt = header + "".join(solved[i] for i in draw_examples(task, pool, doc, random))
+        contexts, choices, gold = format_doc(task_name, doc)
+        requests = [encode_request(data.tokenizer, prompt + context, choice, config.seq_len)
+                    for context, choice in zip(contexts, choices)]
+        questions.append(Question(requests, np.array([len(c) for c in choices]), gold))
     return questions
 
 
 def draw_examples(task: Task, pool: list[dict], doc: dict, random: Random) -> list[int]:
-    """Which entries of the pool stand before a question, drawn as the harness draws them."""
+    """The numbers of the entries of the pool that are shown before a question."""
     n, everything = task.num_fewshot, range(len(pool))
-    if n == 0 or task.fewshot_split == "dev":
-        # MMLU puts the same five before all questions of a subject.
-        return list(range(n))
+    if task.fewshot_split != "train":
+        return list(range(n))  # MMLU: the same five before all questions of a subject
     if task.split == "test":
         return random.sample(everything, n)
     # Where there is no test split (HellaSwag), the harness draws one example more, and leaves out
@@ -275,7 +263,7 @@ def draw_examples(task: Task, pool: list[dict], doc: dict, random: Random) -> li
 
 
 def encode_request(tokenizer: Tokenizer, context: str, choice: str, window: int) -> Request:
-    """Context and choice tokenized as one text, of which the ids the context has not are scored."""
+    """Context and choice tokenized as one text; the ids after those of the context are scored."""
     # As in the harness, spaces at the end of the context count with the choice, and what exceeds
     # the window is cut off on the left.
     n_context = len(tokenizer.encode(context.rstrip()))
@@ -316,98 +304,76 @@ def synthetic_questions(data: Data, name: str) -> list[Question]:
     return questions
 
 
-def windows(ids: np.ndarray, window: int, stride: int) -> list[Request]:
-    """Requests that score each of ids[1:] once, `stride` of them in each window but the first."""
-    # They stand at the window's end: a token has at least window - stride tokens before it, or all
-    # there are.
-    requests: list[Request] = []
-    scored = 0
-    for end in [*range(window, len(ids) - 1, stride), len(ids) - 1]:
-        requests.append(Request(ids[max(0, end - window) : end + 1], end - scored))
-        scored = end
-    return requests
-
-
 # ---------------------------------------------------------------------------------------------
-# scoring: the log-likelihood of every choice, and all that is measured with it
+# scoring: the log-likelihood of every choice, and everything that is measured with it
 
 
 def log_likelihoods(model: LLaMA, questions: list[list[Request]], batch: int) -> list[np.ndarray]:
     """log p of the last n ids of each request given those before them, one array per question.
     batch: rows of a forward pass, at most; the choices of a question stay together."""
-    # Like lengths go together, which spares padding; the longest first, so that a lack of memory
-    # shows at once.
+    # Questions of similar length share a batch, which saves padding; the longest come first, so
+    # that a lack of memory shows at once.
     order = sorted(range(len(questions)), key=lambda i: -max(len(r.ids) for r in questions[i]))
-    batches: list[list[int]] = [[]]
-    rows = 0
-    for i in order:
-        n = len({request.ids[:-1].tobytes() for request in questions[i]})  # as in score_batch
-        if batches[-1] and rows + n > batch:
-            batches.append([])
-            rows = 0
-        batches[-1].append(i)
-        rows += n
-    found: dict[int, np.ndarray] = {}
-    hide = None if len(batches) > 9 else True  # a bar only where it takes a while
-    for numbers in tqdm(batches, unit="batch", leave=False, disable=hide):
-        found |= zip(numbers, score_batch(model, [questions[i] for i in numbers]))
-    return [found[i] for i in range(len(questions))]
+    n_rows = max(len({r.ids[:-1].tobytes() for r in question}) for question in questions)
+    size = max(1, batch // n_rows)  # questions of a batch
+    values: dict[int, np.ndarray] = {}
+    for start in tqdm(range(0, len(order), size), unit="batch", leave=False, disable=None):
+        numbers = order[start : start + size]
+        values |= zip(numbers, score_batch(model, [questions[i] for i in numbers]))
+    return [values[i] for i in range(len(questions))]
 
 
 @torch.no_grad()
 def score_batch(model: LLaMA, questions: list[list[Request]]) -> list[np.ndarray]:
-    """`log_likelihoods` of a few questions, in one forward pass."""
+    """`log_likelihoods` of a few questions, in one forward pass over R rows of up to T ids."""
     requests = [request for question in questions for request in question]
-    sizes = [len(question) for question in questions]
+    rows: list[bytes] = []  # the ids that the model reads: all of a request but the last
+    row_of: list[int] = []  # the row of each request
+    n_rows: list[int] = []  # the number of rows of each question
+    for question in questions:
+        # Choices of one token (the letters of MMLU) are predicted from the same ids: from one row.
+        reads = [request.ids[:-1].tobytes() for request in question]
+        distinct = list(dict.fromkeys(reads))
+        row_of += [len(rows) + distinct.index(read) for read in reads]
+        rows += distinct
+        n_rows.append(len(distinct))
     # Padded on the right, with anything: no position that counts attends to what follows it.
-    ids = torch.zeros(len(requests), max(len(r.ids) for r in requests) - 1, dtype=torch.int64)
-    for row, request in zip(ids, requests):
-        row[: len(request.ids) - 1] = torch.from_numpy(request.ids[:-1])
-    # Requests that read the same ids share a row (MMLU: four choices of one token, one row).
-    ids, row_of = torch.unique(ids, dim=0, return_inverse=True)  # (rows, width), (requests,)
-    question_of = torch.empty(len(ids), dtype=torch.int64)
-    question_of[row_of] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    # Position i predicts id i + 1. What comes before all scored positions may be computed once.
-    starts = [len(request.ids) - 1 - request.n for request in requests]
-    ids = ids.to(model.lm_head.weight.device)
-    cache, known = compute_shared_prefix(model, ids, question_of.tolist(), min(starts))
-    hidden = model.model(ids[:, known:], cache)  # (rows, width - known, D)
+    tensors = [torch.frombuffer(bytearray(row), dtype=torch.int32) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True).to(model.lm_head.weight.device).long()  # (R, T)
+
+    # The common prefix of a group of rows is computed once. A group is either all rows (MMLU: the
+    # same five examples) or one question (ARC and HellaSwag: its own examples and the question).
+    unscored = ids[:, : min(len(request.ids) - 1 - request.n for request in requests)]
+
+    def shared_length(sizes: list[int]) -> int:
+        """How many ids the rows of every group begin with alike; sizes: rows of each group."""
+        same = torch.cat([group == group[:1] for group in unscored.split(sizes)]).all(dim=0)  # (T,)
+        return int(same.int().cumprod(dim=0).sum())
+
+    groups = max([len(rows)], n_rows, key=lambda s: (len(rows) - len(s)) * shared_length(s))
+    shared = shared_length(groups)
+    if (len(rows) - len(groups)) * shared <= MIN_SHARED * ids.numel():
+        shared = 0
+    cache = None
+    if shared:
+        cache = KVCache(model, len(groups), ids.shape[1])
+        model.model(torch.stack([group[0, :shared] for group in ids.split(groups)]), cache)
+        repeats = torch.tensor(groups, device=ids.device)  # (L, groups, T, K, h) -> (L, R, ...)
+        cache.k, cache.v = (x.repeat_interleave(repeats, dim=1) for x in (cache.k, cache.v))
+    hidden = model.model(ids[:, shared:], cache)  # (R, T - shared, D)
+
     # Logits are large, and only the scored positions need them: their states are lined up.
-    states: list[Tensor] = []
-    targets: list[Tensor] = []
-    for row, start, request in zip(row_of.tolist(), starts, requests):
-        states.append(hidden[row, start - known : start - known + request.n])  # (n, D)
+    states, targets = [], []
+    for row, request in zip(row_of, requests):
+        end = len(request.ids) - 1 - shared  # position i predicts id i + 1
+        states.append(hidden[row, end - request.n : end])  # (n, D)
         targets.append(torch.from_numpy(request.ids[-request.n :]))
     x = torch.cat(states) * (model.config.logit_scale * model.config.width_scale)
     weight = model.lm_head.weight.to(x.dtype)
     _, losses = kernels.linear_cross_entropy(x, weight, torch.cat(targets).to(ids))
     parts = losses.double().cpu().split([request.n for request in requests])
     values = np.array([-float(part.sum()) for part in parts])  # one per request
-    return np.split(values, np.cumsum(sizes)[:-1])
-
-
-def compute_shared_prefix(model: LLaMA, ids: Tensor, question_of: list[int],
-                          end: int) -> tuple[KVCache | None, int]:
-    """Run what rows of `ids` begin with, before `end`, once: (keys and values per row, length)."""
-    # Either all rows begin alike (MMLU: its five examples), or the choices of each question do (ARC
-    # and HellaSwag: examples of its own, and the question). One level is enough: no task has much
-    # of both. For each row, the row that computes its prefix:
-    whole = [0] * len(ids)
-    by_question = [question_of.index(question) for question in question_of]
-    best, length, leaders = MIN_SHARED * ids.numel(), 0, None
-    for candidate in (whole, by_question):
-        same = (ids[:, :end] == ids[candidate, :end]).all(dim=0)  # (end,)
-        shared = int(same.int().cumprod(0).sum())  # positions before the first that differs
-        spared = (len(ids) - len(set(candidate))) * shared
-        if spared > best:
-            best, length, leaders = spared, shared, candidate
-    if leaders is None:
-        return None, 0
-    computed, copy_of = np.unique(leaders, return_inverse=True)
-    cache = KVCache(model, len(computed), ids.shape[1])
-    model.model(ids[computed, :length], cache)
-    cache.k, cache.v = cache.k[:, copy_of], cache.v[:, copy_of]  # one for each row again
-    return cache, length
+    return np.split(values, np.cumsum([len(question) for question in questions])[:-1])
 
 
 def score_questions(model: LLaMA, questions: list[Question], metric: str,
@@ -419,100 +385,66 @@ def score_questions(model: LLaMA, questions: list[Question], metric: str,
         points["acc"].append(question.gold[values.argmax()])
         # Per character, or short choices would have an advantage.
         points["acc_norm"].append(question.gold[(values / question.lengths).argmax()])
-        # Of the probability of all choices, the share of those that are true.
+        # The true choices' share of the probability of all choices.
         points["mc2"].append(question.gold @ np.exp(values - np.logaddexp.reduce(values)))
-    chance = statistics.fmean(question.gold.mean() for question in questions)
-    result: dict[str, Any] = {"metric": metric, "n": len(questions), "chance": chance}
+    n, chance = len(questions), math.fsum(question.gold.mean() for question in questions)
+    result: dict[str, Any] = {"metric": metric, "n": n, "chance": chance / n}
     for name in ("acc", "acc_norm") if metric == "acc_norm" else (metric,):
-        # The questions are a sample of those that could be asked: n - 1, as in the harness.
-        deviation = np.std(points[name], ddof=1) if len(questions) > 1 else 0.0
         result[name] = float(np.mean(points[name]))
-        result[f"{name}_se"] = float(deviation) / math.sqrt(len(questions))
+        # The questions are a sample of those that could be asked: n - 1, as in the harness.
+        deviation = np.std(points[name], ddof=1) if n > 1 else 0.0
+        result[f"{name}_se"] = float(deviation) / math.sqrt(n)
     return result
 
 
-def measure_text(model: LLaMA, tokenizer: Tokenizer, documents: list[str], stride: int,
-                 window: int, batch: int) -> dict[str, float]:
-    """Loss and bits per byte of documents, each read after an end of document."""
-    questions: list[list[Request]] = []
-    for text in documents:
-        ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
-        questions += [[request] for request in windows(ids, window, stride)]
-    nats = -sum(float(values[0]) for values in log_likelihoods(model, questions, batch))
-    tokens = sum(request.n for [request] in questions)
-    n_bytes = sum(len(text.encode()) for text in documents)
-    return text_figures(nats, tokens, n_bytes) | {"tokens": tokens, "bytes": n_bytes}
-
-
-def text_evaluation(config: Config, tokenizer: Tokenizer, flags: Flags) -> Evaluation:
-    """Of --text. Its second entry is what the result depends on beside the weights: when that has
-    changed, it is measured again."""
-    window, documents = config.seq_len, read_texts(flags.text)
+def text_evaluation(config: Config, tokenizer: Tokenizer, flags: Flags) -> ckpt.Evaluation:
+    """Loss and bits per byte of the text of --text, read after an end of document."""
+    window = config.seq_len
     stride = flags.stride or max(1, window // 2)
-    inputs = [sha256_json(documents), stride, window, hashlib.sha256(tokenizer.data).hexdigest()]
-    return Evaluation(f"text {flags.text}", inputs, lambda model: measure_text(
-        model, tokenizer, documents, stride, window, flags.batch))
+    if stride > window:
+        raise UserError(f"--stride={stride} is more than the window of {window} tokens (seq_len).")
+    # Invalid bytes become lone surrogates, which replace_invalid_utf8 knows.
+    text = read_regular(flags.text).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    text = replace_invalid_utf8(text)
+    if not text:
+        raise UserError(f"--text={flags.text} is empty.")
+
+    def measure(model: LLaMA) -> dict[str, float]:
+        ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
+        # Every id is scored once, `stride` of them in each window but the first, at its end: with
+        # at least window - stride ids before it, or all there are.
+        requests, scored = [], 0
+        for end in [*range(window, len(ids) - 1, stride), len(ids) - 1]:
+            requests.append([Request(ids[max(0, end - window) : end + 1], end - scored)])
+            scored = end
+        nats = -sum(float(values[0]) for values in log_likelihoods(model, requests, flags.batch))
+        n_bytes = len(text.encode())
+        return text_figures(nats, scored, n_bytes) | {"tokens": scored, "bytes": n_bytes}
+
+    inputs = [sha256_json([text, tokenizer.data.decode()]), stride, window]
+    return ckpt.Evaluation(f"text {flags.text}", inputs, measure)
 
 
-def list_evaluations(config: Config, data: Data, flags: Flags) -> list[Evaluation]:
-    """All that is measured of a checkpoint, in pieces small enough to be lost by a kill."""
-    batch, window = flags.batch, config.seq_len
-    evaluations: list[Evaluation] = []
+def list_evaluations(config: Config, data: Data, flags: Flags) -> list[ckpt.Evaluation]:
+    """Everything that is measured of a checkpoint, in parts small enough to be lost by a kill."""
+    parts: list[ckpt.Evaluation] = []
     if data.validation_sources:
         limit = flags.sequences or None
-        evaluations.append(Evaluation("validation", [data.sha256, limit], lambda model: validate(
+        parts.append(ckpt.Evaluation("validation", [data.sha256, limit], lambda model: validate(
             model, data, limit, config.micro_batch_size)))
-    # To tokenize the questions of all benchmarks takes minutes: it is done when the first
-    # checkpoint needs them, and once for all checkpoints.
-    questions = functools.cache(lambda name: build_questions(config, data, name))
-    for name in task_names(config):
-        task = TASKS[name.split("/")[0]]
-        files = find_files(config, name, task.split) + find_files(config, name, task.fewshot_split)
-        inputs = [*(sha256_file(file) for file in files), window, data.sha256]
+    # Tokenizing all questions takes minutes: only if a checkpoint needs them, once for all of them.
+    tasks = find_tasks(config)
+    questions = functools.cache(lambda name: build_questions(config, data, name, tasks[name]))
+    for name, files in tasks.items():
+        inputs = [*map(sha256_file, sum(files, [])), config.seq_len, data.sha256]
         # Of very few or short validation sequences no questions can be made.
-        if files or questions(name):
-            evaluations.append(Evaluation(name, inputs, lambda model, name=name, task=task: (
-                score_questions(model, questions(name), task.metric, batch))))
-    if not evaluations:
+        if any(files) or questions(name):
+            parts.append(ckpt.Evaluation(name, inputs, lambda model, name=name: score_questions(
+                model, questions(name), TASKS[name.partition("/")[0]].metric, flags.batch)))
+    if not parts:
         raise UserError(f"There is nothing to measure: {config.data_dir} has no validation"
-                        f" sequences and task_dir ({config.task_dir}) no benchmarks"
-                        " (docs/evaluation.md says where to get them).")
-    return evaluations
-
-
-def read_texts(path: str) -> list[str]:
-    """The documents of a text file, or those in a .jsonl or .parquet file (`text`, `content`)."""
-    if path.endswith((".jsonl", ".parquet")):
-        texts = [doc.get("text", doc.get("content")) for doc in read_docs([Path(path)])]
-    else:
-        # Invalid bytes become lone surrogates, which replace_invalid_utf8 knows.
-        texts = [read_regular(path).decode("utf-8", "surrogateescape")]
-    if not any(texts) or any(not isinstance(text, str) or "\0" in text for text in texts):
-        raise UserError(f"--text={path}: there is no text in it, or not only text.")
-    return [replace_invalid_utf8(text.removeprefix("\ufeff")) for text in texts if text]
-
-
-def task_names(config: Config) -> list[str]:
-    """The tasks that the setting `tasks` names, or all that can be asked; MMLU as its subjects."""
-    root, names = Path(config.task_dir), config.tasks.split(",")
-    if not config.tasks:
-        names = [name for name, task in TASKS.items()
-                 if not task.hub or (root / (task.folder or name)).is_dir()]
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"tasks: there is no {name!r}; there are {', '.join(TASKS)}.")
-    if "mmlu" in names:
-        # A subject is a result of its own, since MMLU is large. The hub has two folders more.
-        subjects = {path.parent.name for path in root.glob("mmlu/*/test[.-]*")}
-        subjects -= {"all", "auxiliary_train"}
-        # Where there is none, one is named all the same, so that find_files says what is missing.
-        names = [name for name in names if name != "mmlu"]
-        names += [f"mmlu/{subject}" for subject in sorted(subjects) or ["abstract_algebra"]]
-    return names
-
-
-# ---------------------------------------------------------------------------------------------
-# what is printed
+                        f" sequences, and task_dir ({config.task_dir}) no benchmarks.")
+    return parts
 
 
 def by_checkpoint(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -565,130 +497,41 @@ def table(entries: list[dict[str, Any]], kind: str) -> str:
     return "\n".join(lines)
 
 
-def published_scores(path: str, entries: list[dict[str, Any]]) -> dict[str, list]:
-    """Another run's scores in our tasks, as far as ours goes: {name: [(tokens, score), ...]}."""
-    scores: dict[str, list] = {}
-    try:
-        # A .csv with the columns `tokens` and one per task; a score may be missing.
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-        for line in csv.DictReader(line for line in lines if not line.startswith("#")):
-            for name in entries[-1]["tasks"]:
-                if line.get(name) and float(line["tokens"]) <= entries[-1]["tokens"]:
-                    scores.setdefault(name, []).append((float(line["tokens"]), float(line[name])))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"published = {path!r} cannot be read: {error!r}.")
-    return scores
-
-
-def report(model: LLaMA, entries: list[dict[str, Any]], sample: str, argv: list[str]) -> str:
-    """What a run came to, and what to type next."""
-    config, last, lines = model.config, entries[-1], []
-    # Published weights say neither at which step nor on how many tokens.
-    at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
-    lines.append(("checkpoint", f"{last['checkpoint']}{at}, {model.n_params:,} parameters"))
-    steps = [r for r in checkpoint.read_metrics(config.run_dir).values() if "loss" in r]
-    losses = [step["loss"] for step in steps]
-    if losses and at:
-        speed = statistics.median(step["tokens_per_s"] for step in steps)
-        lines.append(("training", f"loss {statistics.fmean(losses[-20:]):.3f} (last 20 steps),"
-                                  f" {speed:,.0f} tokens/s (median)"))
-    for name, r in last["text"].items():
-        perplexity = math.exp(min(r["loss"], 700.0))  # beyond that no float can hold it
-        lines.append((name, f"loss {r['loss']:.3f}, perplexity {perplexity:.2f},"
-                            f" {r['bits_per_byte']:.3f} bits per byte"))
-    published = published_scores(config.published, entries)
-    for name, r in last["tasks"].items():
-        text = (f"{r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f} of {r['n']:,}"
-                f" (chance {r['chance']:.3f})")
-        if name in published:
-            theirs = np.interp(last["tokens"], *zip(*published[name]))
-            text += f", published at these tokens {theirs:.3f}"
-        lines.append((name, text))
-    lines.append(("sample", repr(sample)))
-    # The same words again, so that what is typed next is about the same weights.
-    again = shlex.join(["python", "eval.py", *argv])
-    next_lines = [f'{again} --prompt="import "  # text from this model']
-    if losses and at:
-        next_lines += [
-            f"python lookup.py {config.run_dir} --step=100  # the sequences step 100 learned from",
-            f"python tools/report.py {config.run_dir}  # all of it on one page, with pictures",
-            "make ablation  # three learning rates, two seeds each: what is more than chance"]
-    return "\n".join([*(f"{name:>24}: {text}" for name, text in lines),
-                      "Next:", *(f"  {line}" for line in next_lines)])
-
-
-def stream_completion(model: LLaMA, tokenizer: Tokenizer, prompt: str, n: int,
-                      temperature: float) -> None:
-    """Print a prompt and n tokens after it, each character as soon as it is whole."""
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
-    printed = tokenizer.decode(ids)
-    print(printed, end="", flush=True)
-    for token in model.stream([ids], n, temperature, top_p=0.95):
-        ids = [*ids, int(token[0])]
-        text = tokenizer.decode(ids)
-        # U+FFFD at the end is half a character, whose other half the next token may bring.
-        if not text.endswith("\ufffd"):
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
-    print(tokenizer.decode(ids)[len(printed) :])
-
-
-def run_has_ended(config: Config) -> bool:
-    """Whether the checkpoint of a run's last step is there."""
-    data = load_data(config.data_dir)
-    steps = sum(visit.steps for visit in data.schedule(config))
-    found = checkpoint.list_checkpoints(config.run_dir)
-    done = checkpoint.read_manifest(found[-1]).get("step", 0) if found else 0
-    return done >= min(steps, config.max_steps or steps)
-
-
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
-    which = flags.checkpoints
-    named = Path(which.split(",")[0])  # the first one, if they are paths
-    config = checkpoint.with_network(config, named)
-    if flags.stride > config.seq_len:
-        raise UserError(f"--stride={flags.stride} is more than the window, {config.seq_len}"
-                        " tokens (seq_len): some tokens would not be scored.")
-    if flags.prompt:
-        paths = checkpoint.select_checkpoints(config.run_dir, "last" if which == "all" else which)
-        model, tokenizer = checkpoint.load_run(paths[-1], **{key: getattr(config, key) for key in (
-            "device", "dtype", "kernels", "threads")})
-        return stream_completion(model, tokenizer, flags.prompt, flags.tokens, flags.temperature)
-    choose_kernels(config.kernels)
-    if flags.text:
-        paths = checkpoint.select_checkpoints(config.run_dir, which)
-        tokenizer = open_tokenizer(paths[-1])
-        evaluations = [text_evaluation(config, tokenizer, flags)]
-    else:
-        data = load_data(config.data_dir)
-        tokenizer = data.tokenizer
-        checkpoint.with_network(config, named, data)  # refuses another tokenizer
-        if data.n_vocab > config.vocab_size:
-            raise UserError(f"The tokenizer of {config.data_dir} has {data.n_vocab} token ids, the"
-                            f" model of this config {config.vocab_size} (vocab_size).")
-        evaluations = list_evaluations(config, data, flags)
-    model, file = build_for_inference(config), Path(config.run_dir, "eval.jsonl")
-    while flags.watch and not run_has_ended(config):
-        if checkpoint.list_checkpoints(config.run_dir):
-            paths = checkpoint.select_checkpoints(config.run_dir, which)
-            # The processes need not wait for each other before the run is over.
-            checkpoint.evaluate_checkpoints(file, model, paths, evaluations, finish=False)
-        time.sleep(POLL_SECONDS)
-    paths = checkpoint.select_checkpoints(config.run_dir, which)
-    results = checkpoint.evaluate_checkpoints(file, model, paths, evaluations)
-    # Of torchrun's processes the first one prints.
-    if int(os.environ.get("RANK", 0)):
-        return
-    entries = by_checkpoint(results)
-    for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
-        if entries[-1][kind]:
-            print(f"{title}\n{table(entries, kind)}\n")
-    # The sample is of the last one in the tables: a newer one may be damaged.
-    newest = [path for path in paths if path.name == entries[-1]["checkpoint"]][-1]
-    checkpoint.load_weights(model, newest)
-    sample = continue_text(model, tokenizer, config.sample_prompt, flags.tokens, flags.temperature)
-    print(report(model, entries, sample, argv))
+    which = "last" if flags.prompt and flags.checkpoints == "all" else flags.checkpoints
+    paths = ckpt.select_checkpoints(config.run_dir, which)
+    data = None if flags.prompt or flags.text else load_data(config.data_dir)
+    config = ckpt.with_network(config, paths[0], data)
+    tokenizer = data.tokenizer if data else open_tokenizer(paths[-1])
+    model, path = build_for_inference(config), paths[-1]
+    if not flags.prompt:
+        evaluations = (list_evaluations(config, data, flags) if data
+                       else [text_evaluation(config, tokenizer, flags)])
+        file = Path(config.run_dir, "eval.jsonl")
+        results = ckpt.evaluate_checkpoints(file, model, paths, evaluations)
+        if rank():
+            return
+        entries = by_checkpoint(results)
+        last = entries[-1]
+        for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
+            if last[kind]:
+                print(f"{title}\n{table(entries, kind)}\n")
+        # Published weights do not tell at which step and after how many tokens they were saved.
+        at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
+        print(f"{'checkpoint':>24}: {last['checkpoint']}{at}, {model.n_params:,} parameters")
+        for name, r in last["text"].items():
+            print(f"{name:>24}: loss {r['loss']:.3f}, perplexity {np.exp(r['loss']):.2f},"
+                  f" {r['bits_per_byte']:.3f} bits per byte")
+        for name, r in last["tasks"].items():
+            print(f"{name:>24}: {r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f}"
+                  f" of {r['n']:,} (chance {r['chance']:.3f})")
+        # The sample is of the last one in the tables: a newer one may be damaged.
+        path = [path for path in paths if path.name == last["checkpoint"]][-1]
+    ckpt.load_weights(model, path)
+    prompt = flags.prompt or config.sample_prompt
+    text = continue_text(model, tokenizer, prompt, flags.tokens, flags.temperature)
+    print(text if flags.prompt else f"{'sample':>24}: {text!r}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ ours load in transformers. They are always float32. `dtype` is the type of the a
 is cast where it is used, and the residual stream has that type.
 """
 
-import ctypes
 import math
-import os
-import platform
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional as F
 
 import kernels
-from configs import Config, ModelConfig, UserError
+from configs import ModelConfig
 
 # The letters in the shape comments below:
 #   B  sequences of a batch             D  hidden size, the width of the residual stream
@@ -201,8 +197,8 @@ class LLaMA(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs per token: 6 per matmul weight, 12 L T d of attention (PaLM, app. B)."""
-        # Counted from the modules, so that another block counts right without a word here. 6 = 2
-        # for the forward pass, 4 for the backward one. The embedding is looked up, not multiplied.
+        # Counted from the modules, so that a new kind of block needs no change here. 6 = 2 for the
+        # forward pass, 4 for the backward one. The embedding is looked up, not multiplied.
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         # A token is multiplied with T others twice (q k and p v), although a half is masked.
         c = self.config
@@ -264,35 +260,24 @@ class LLaMA(nn.Module):
         return self.requires_grad_(False)
 
     @torch.no_grad()
-    def stream(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-               top_p: float = 1.0, seed: int = 0) -> Iterator[Tensor]:
-        """Continue prompts of one length: yields the next token of each (B,), step by step."""
+    def generate(self, prompts: list[list[int]], n: int, temperature: float = 0.0,
+                 top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
+        """The n tokens after each prompt, one list per prompt; all prompts have one length."""
         ids = torch.tensor(prompts, device=self.lm_head.weight.device)  # (B, T)
-        cache = KVCache(self, len(prompts), ids.shape[1] + max_new_tokens)
+        cache = KVCache(self, len(prompts), ids.shape[1] + n)
         # A generator of its own: the global random state belongs to training.
         generator = torch.Generator(ids.device).manual_seed(seed)
-        for _ in range(max_new_tokens):
+        tokens = []
+        for _ in range(n):
             logits = self(ids, cache=cache, logits_to_keep=1)  # (B, 1, V)
-            token = sample(logits[:, 0].float(), temperature, top_p, generator)  # (B,)
-            yield token
             # The cache holds what came before, so the next pass needs the new token alone.
-            ids = token[:, None]  # (B, 1)
-
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
-                 **sampling: float) -> list[list[int]]:
-        """The continuations alone, one list per prompt, each up to and with its first `eos_id`."""
-        columns = list(self.stream(prompts, max_new_tokens, **sampling))  # (B,) each
-        continuations = []
-        for b in range(len(prompts)):
-            tokens = [int(column[b]) for column in columns]
-            if eos_id in tokens:
-                tokens = tokens[: tokens.index(eos_id) + 1]
-            continuations.append(tokens)
-        return continuations
+            ids = sample(logits[:, 0].float(), temperature, top_p, generator)[:, None]  # (B, 1)
+            tokens.append(ids)
+        return torch.cat(tokens, 1).tolist() if tokens else [[] for _ in prompts]  # (B, n)
 
 
 def truncate(values: Tensor, generator: torch.Generator) -> None:
-    """Draw again what lies beyond ±2, until nothing does: in place, a truncated normal."""
+    """Truncate normal values at ±2, in place, by rejection sampling: redraw those beyond."""
     # nn.init.trunc_normal_ inverts the normal's integral, which takes eight times as long: over ten
     # minutes for a 7B.
     values = values.view(-1)  # (..., n) -> (numel,)
@@ -316,9 +301,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = values.softmax(-1)  # (B, V), the likeliest first
     before = probabilities.cumsum(-1) - probabilities  # (B, V): all likelier tokens together
     probabilities[before >= top_p] = 0
-    if not probabilities.isfinite().all():
-        raise UserError("The model's logits are not finite, so no token can be drawn: its weights"
-                        " are damaged, or its training has diverged.")
     drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), places in `order`
     return order.gather(-1, drawn)[:, 0]  # (B, 1) -> (B,)
 
@@ -337,74 +319,6 @@ def copy_into_shard(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of the arithmetic; the CPU's threads and malloc are set as well."""
-    tune_cpu(config.threads)
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    # torchrun starts a process for each GPU of a node and numbers them.
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]});"
-                        ' "auto" takes what there is.')
-    # A chip without bfloat16 arithmetic emulates it, which is slower than float32.
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    best = "bfloat16" if fast else "float32"
-    return device, getattr(torch, best if config.dtype == "auto" else config.dtype)
-
-
-def tune_cpu(threads: int) -> None:
-    """Set the number of threads (0 leaves it), and let malloc keep large buffers."""
-    # The number of threads decides the order of sums, so it is part of a run's record.
-    if threads:
-        torch.set_num_threads(threads)
-    # Getting each activation's memory from the system anew costs a small model a third of its step.
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping per large buffer
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-def choose_kernels(choice: str) -> str:
-    """Who computes from now on: "triton" or "torch", to which `choice` comes on this machine."""
-    try:
-        return kernels.use(choice)
-    except RuntimeError as error:
-        raise UserError(str(error))
-
-
-def build_for_inference(config: Config) -> LLaMA:
-    """The model of a config on its device, for reading only; its weights are yet to be filled."""
-    device, dtype = choose_device(config)
-    model = meta_model(config, dtype).cast_for_inference()
-    check_memory(sum(p.nbytes for p in model.parameters()), "weights alone", device)
-    return model.materialize(device)
-
-
-def check_memory(n_bytes: float, what: str, device: torch.device) -> None:
-    """UserError if each process shall hold more bytes than there are on its device."""
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1]
-    elif not hasattr(os, "sysconf"):  # Windows
-        return
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        n_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a machine share it
-    if n_bytes > have:
-        raise UserError(f"This model needs {n_bytes / 1e9:,.1f} GB here for its {what}, and there"
-                        f" are {have / 1e9:,.1f} GB: take a smaller one, or share it among more"
-                        ' processes with parallel = "fsdp" (tools/dry_run.py says what it takes).')
-
-
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA:
     """A model whose tensors have shapes and no memory: to count, or to be given memory later."""
     with torch.device("meta"):
@@ -413,8 +327,8 @@ def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA
 
 def continue_text(model: LLaMA, tokenizer: Any, prompt: str, n: int,
                   temperature: float = 0.0) -> str:
-    """A prompt and the n tokens after it, past the end of a document too; temperature 0: greedy."""
-    # No prompt means the start of a document: in the data that is after another one's end.
+    """The prompt and n generated tokens; does not stop at eos_id. Temperature 0 is greedy."""
+    # An empty prompt is the start of a document: in the data that comes after an eos_id.
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
     continuations = model.generate([ids], n, temperature=temperature, top_p=0.95)
     return tokenizer.decode(ids + continuations[0])

@@ -1,15 +1,15 @@
-"""Many processes, or one: meeting, sharing out the model, and finding out who is missing.
+"""Many processes or one, and the device of each.
 
 `torchrun` starts a process for each GPU. All of them run the same program; each holds a part of
-the model (FSDP, HSDP) or a copy of it (DDP), and computes a part of each batch. A process that
-nobody has started so is alone: rank 0 of 1, and nothing here does anything.
+the model (FSDP, HSDP) or a copy of it (DDP), and computes a part of each batch. Without torchrun
+there is one process, rank 0 of 1, and no process group.
 """
 
-import contextlib
+import ctypes
 import functools
 import os
-import time
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -22,9 +22,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import kernels  # noqa: F401  (registers the operator that SAC_SAVE_OPS names)
-from configs import Config, UserError, nearest
-from model import LLaMA
+import kernels
+from configs import Config, UserError
+from model import LLaMA, meta_model
+
+# ---------------------------------------------------------------------------------------------
+# processes
 
 
 def rank() -> int:
@@ -36,7 +39,7 @@ def world_size() -> int:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each process has as `value`, by rank; all of them must call this."""
+    """The `value` of every process, by rank; all of them must call this."""
     # Pickled by PyTorch, but only between the processes of one run, never from a file.
     values = [value] * world_size()
     if dist.is_initialized():
@@ -44,23 +47,28 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def on_rank_zero(work: Callable[[], Any]) -> Any:
-    """Do `work` in the first process alone; all of them return its result, or raise its error."""
-    # The error travels like a result: without it the other processes would wait for the first.
+def on_all_ranks(work: Callable[[], Any]) -> list[Any]:
+    """Do `work` in every process; all of them return the results, by rank, or all raise the first
+    error. So no process goes on to a collective in which the one that failed is missing."""
     result, error = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except (OSError, UserError) as caught:
-            error = caught
-    result, error = all_gather_object((result, error))[0]
-    if error:
-        raise error
-    return result
+    try:
+        result = work()
+    except (OSError, UserError) as caught:
+        error = caught
+    gathered = all_gather_object((result, error))
+    for _, error in gathered:
+        if error:
+            raise error
+    return [result for result, _ in gathered]
+
+
+def on_rank_zero(work: Callable[[], Any]) -> Any:
+    """Do `work` in process 0 alone; all processes return its result, or all raise its error."""
+    return on_all_ranks(lambda: work() if rank() == 0 else None)[0]
 
 
 def init_distributed(config: Config) -> None:
-    """Meet the other processes, if torchrun started this one; alone there is no process group."""
+    """Create the process group if torchrun started this process; otherwise do nothing."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
     how: dict[str, Any] = {"timeout": timedelta(minutes=config.timeout_minutes)}
@@ -68,8 +76,7 @@ def init_distributed(config: Config) -> None:
     if torch.cuda.is_available():
         # gloo beside nccl: manifests, notes and file names travel as objects, on the CPU.
         backend = "cpu:gloo,cuda:nccl"
-        # With the device NCCL connects now, where a bad link is seen at once, and hsdp's groups are
-        # split off from what is connected.
+        # With the device NCCL connects now, so that a bad link shows at once.
         how["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own store outlives a restart, with the addresses of processes that are gone.
@@ -80,41 +87,82 @@ def init_distributed(config: Config) -> None:
     dist.init_process_group(backend, **how)
 
 
-@contextlib.contextmanager
-def naming_missing_ranks(config: Config) -> Iterator[None]:
-    """A collective that fails says that it has waited, and not for whom: find out."""
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo's errors have no class of their own.
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        if not dist.is_initialized():
-            raise UserError(f"The processes that torchrun has started did not meet: {error}")
-        missing = ", ".join(map(str, missing_ranks())) or "none"
-        raise UserError(f"A collective failed or took longer than timeout_minutes ="
-                        f" {config.timeout_minutes:g} ({str(error).splitlines()[0]}). Of ranks 0 to"
-                        f" {world_size() - 1} there was no answer from: {missing} (ended, frozen,"
-                        " or waiting for one that is). The same command goes on from the newest"
-                        " checkpoint.")
+def micro_batches(config: Config, world: int) -> int:
+    """Micro-batches of a process in one step; UserError if the batch is not divisible."""
+    # The global batch is part of the experiment: it is never rounded to fit the machines.
+    unit = config.micro_batch_size * world
+    if config.global_batch_size % unit:
+        raise UserError(f"global_batch_size ({config.global_batch_size}) must be a multiple of"
+                        f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
+                        f" {unit}).")
+    if config.same_bits and world > 1 and config.parallel != "fsdp":
+        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: the order"
+                        " is kept in FSDP's sums.")
+    return config.global_batch_size // unit
 
 
-def missing_ranks(seconds: float = 5) -> list[int]:
-    """After a collective has failed: the processes in which none fails within `seconds`."""
-    # Each process writes its number into the store, which needs none of the groups that failed.
-    store, give_up = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
-    missing = []
-    try:
-        store.set(f"answers_{rank()}", "")
-        for r in range(world_size()):
-            left = timedelta(seconds=max(0.1, give_up - time.monotonic()))
-            try:
-                store.wait([f"answers_{r}"], left)
-            except dist.DistStoreError:  # a time-out
-                missing.append(r)
-    except dist.DistNetworkError:
-        return [0]  # whose process keeps the store
-    return missing
+# ---------------------------------------------------------------------------------------------
+# the device of a process
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and the type of the arithmetic; also sets the CPU's threads and malloc.
+
+    Raises UserError if the device is not there.
+    """
+    tune_cpu(config.threads)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # torchrun starts a process for each GPU of a node and numbers them.
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device, n_gpus = torch.device(name), torch.cuda.device_count()
+    # A chip without bfloat16 arithmetic emulates it, which is slower than float32.
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    elif device.index < n_gpus:
+        torch.cuda.set_device(device)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        raise UserError(f"device = {name!r} is not here: there are {n_gpus} CUDA devices. \"auto\""
+                        " takes what there is.")
+    best = "bfloat16" if fast else "float32"
+    return device, getattr(torch, best if config.dtype == "auto" else config.dtype)
+
+
+def tune_cpu(threads: int) -> None:
+    """Set the number of threads (0 leaves it), and let malloc keep large buffers."""
+    # The number of threads decides the order of sums, so it is part of a run's record.
+    if threads:
+        torch.set_num_threads(threads)
+    # Getting each activation's memory from the system anew costs a small model a third of its step.
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping per large buffer
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def check_memory(n_bytes: float, what: str, device: torch.device) -> None:
+    """UserError if a process would need more bytes than its device has."""
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        n_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a machine share it
+    if n_bytes > have:
+        raise UserError(f"This model needs {n_bytes / 1e9:,.1f} GB here for its {what}, and there"
+                        f" are {have / 1e9:,.1f} GB: take a smaller one, or share it among more"
+                        ' processes with parallel = "fsdp" (tools/dry_run.py says what it takes).')
+
+
+def build_for_inference(config: Config) -> LLaMA:
+    """The model of a config on its device, without gradients; its weights are uninitialized."""
+    kernels.use(config.kernels)
+    device, dtype = choose_device(config)
+    model = meta_model(config, dtype).cast_for_inference()
+    check_memory(sum(p.nbytes for p in model.parameters()), "weights alone", device)
+    return model.materialize(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,8 +228,8 @@ class OrderedReduceScatter:
 
     Process r of N computes the micro-batches r, N + r, 2N + r, ... After each, every process gets
     all N gradients of its shard, and adds them one by one to those before. So each number is
-    ((g0 + g1) + g2) + ..., as one process adds them in .grad, and no bit depends on N. The bytes
-    are those of the reduce-scatter; a second shard of the gradients is held.
+    ((g0 + g1) + g2) + ..., as one process adds them in .grad, and no bit depends on N. It sends as
+    many bytes as the reduce-scatter, and holds a second shard of the gradients.
     """
 
     def __init__(self, micro_batches: int) -> None:
@@ -193,11 +241,11 @@ class OrderedReduceScatter:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
                  op: Any, async_op: bool = False) -> None:
-        pieces = torch.empty_like(input_tensor)  # (N * shard,): every process's gradient of mine
+        pieces = torch.empty_like(input_tensor)  # (N * shard,): this shard's gradient, by rank
         dist.all_to_all_single(pieces, input_tensor, group=group)
         for piece in pieces.chunk(group.size()):  # (shard,)
             self.total = piece.clone() if self.total is None else self.total.add_(piece)
-        # FSDP adds what it is given to .grad: nothing, until the last micro-batch.
+        # FSDP adds the output to .grad: zeros, until the last micro-batch.
         self.done += 1
         output_tensor.zero_()
         if self.done % self.micro_batches == 0:
@@ -213,8 +261,8 @@ SAC_SAVE_OPS.append(torch.ops.kernels.attention.default)
 
 
 def apply_activation_checkpointing(block: nn.Module, kind: str) -> None:
-    """Compute a block again in the backward pass: "full" keeps its input alone, "selective" also
-    what SAC_SAVE_OPS have computed."""
+    """Compute a block again in the backward pass: "full" keeps only its input, "selective" also the
+    outputs of SAC_SAVE_OPS."""
     if kind == "none":
         return
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -226,7 +274,7 @@ def apply_activation_checkpointing(block: nn.Module, kind: str) -> None:
 
 
 def wrap_ddp(model: LLaMA, config: Config, device: torch.device) -> nn.Module:
-    """DDP around the model, if that is what was asked for."""
+    """The model inside DDP if parallel = "ddp" and there are several processes."""
     if not dist.is_initialized() or config.parallel != "ddp":
         return model
     wrapped = DistributedDataParallel(model, [device] if device.type == "cuda" else None,
@@ -235,17 +283,3 @@ def wrap_ddp(model: LLaMA, config: Config, device: torch.device) -> nn.Module:
         wrapped.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(
             state, bucket))
     return wrapped
-
-
-def micro_batches(config: Config, world: int) -> int:
-    """Micro-batches of a process in one step; UserError if they do not come out even."""
-    # The global batch is part of the experiment: it is never rounded to fit the machines.
-    unit = config.micro_batch_size * world
-    if config.global_batch_size % unit:
-        raise UserError(f"global_batch_size ({config.global_batch_size}) must be a multiple of"
-                        f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
-                        f" {unit}); {nearest(config.global_batch_size, unit)}.")
-    if config.same_bits and world > 1 and config.parallel != "fsdp":
-        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: it is in"
-                        " FSDP's sums that the order is kept.")
-    return config.global_batch_size // unit

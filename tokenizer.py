@@ -1,23 +1,20 @@
-"""Text to token ids and back: our own byte-level BPE, or another's: LLaMA's, GPT-2's, tiktoken's.
+"""Text to token ids and back: byte-pair encodings of our own, LLaMA's, OpenAI's and others.
 
     tokenizer = make_tokenizer(config, texts)
     ids = tokenizer.encode("Hello")  # (n,) uint32
     tokenizer = load_tokenizer(directory, tokenizer.save(directory))
 
-All of them run on tiktoken: a pattern cuts the text into words, and in each word the two neighbours
-whose union has the lowest rank are merged, again and again.
+Ours, OpenAI's and LLaMA's run on tiktoken: a pattern cuts the text into words, and in each word the
+two neighbours whose union has the lowest rank are merged, again and again. Any other tokenizer.json
+is left to the package `tokenizers`.
 """
 
-import base64
-import copy
 import functools
 import hashlib
 import heapq
-import itertools
 import json
-import math
+import operator
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,26 +27,15 @@ import tiktoken
 from configs import Config, UserError, read_regular
 
 EOT = "<|endoftext|>"
-# A word takes the character before it along, and a digit is alone, as in LLaMA's. GPT-4's pattern
-# compresses 2 % better, but its look-ahead makes it 30 % slower (measured at small vocabularies).
+# As in LLaMA's, a digit is a word of its own, and a word includes the character before it. GPT-4's
+# pattern compresses 2 % better, but its look-ahead makes it 30 % slower (small vocabularies).
 BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+"
 # LLaMA itself has no words: it merges over a whole text. But none of its pieces crosses a cut of
 # this pattern, so to cut there changes no id, and to merge in short words is fast.
 LLAMA_PATTERN = r" *\p{L}+| *[^ \p{L}\p{Nd}\n]+|\p{Nd}|\n| +"
-# Where Hugging Face's ByteLevel cuts by itself (as GPT-2), and where it does so once all digits
-# have been set apart (as SmolLM2): then a space before a digit is at the end of its text.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                  r"|\s+(?![^\s\p{N}])|\s+")
-# LLaMA's tokenizer.json: a space before the text, U+2581 for every space, the model; and back.
-LLAMA_STEPS = {
-    "normalizer": {"type": "Sequence", "normalizers": [
-        {"type": "Prepend", "prepend": "\u2581"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
-    "decoder": {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-        {"type": "ByteFallback"}, {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}
+LLAMA_NORMALIZER = {"type": "Sequence", "normalizers": [
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
 # What Crystal adds to LLaMA's vocabulary, ids 32000 to 32021, in this order: StarCoder's tokens for
 # infilling and for the parts of a repository, and those of a chat.
 CRYSTAL_TOKENS = [f"<|{name}|>" for name in """fim_prefix fim_middle fim_suffix fim_pad filename
@@ -57,47 +43,73 @@ CRYSTAL_TOKENS = [f"<|{name}|>" for name in """fim_prefix fim_middle fim_suffix 
     jupyter_output empty_output commit_before commit_msg commit_after reponame im_start im_end
     sys_start sys_end""".split()]
 FIM_TOKENS = CRYSTAL_TOKENS[:3]  # before the prefix, the middle and the suffix of a document
+SPECIAL = {"special": True, "normalized": False,  # how a tokenizer.json describes our specials
+           "single_word": False, "lstrip": False, "rstrip": False}
+# GPT-2's byte-to-unicode table: a printable byte is its own character, others are U+0100 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+LETTERS = {b: chr(b) for b in VISIBLE} | {b: chr(256 + k) for k, b in enumerate(HIDDEN)}
+BYTES = {letter: bytes([b]) for b, letter in LETTERS.items()}
+# A tokenizer that loses or changes letters or spaces shows it on this text.
+PROBE = "The QUICK brown fox: été, 漢字 😀 ﬁ ①, 12 345\n\n\tx = [1]  \r\n "
 
 
 class Tokenizer:
-    """A byte-level BPE: our own ("bpe"), or one of tiktoken's ("tiktoken:NAME").
+    """A byte-level BPE on tiktoken: our own ("bpe") or one of OpenAI's ("tiktoken:NAME").
 
-    ranks: bytes -> id, in order of merging; specials: name -> id, ids that no text gives.
-    Also has eos_id; n_vocab, the largest id + 1; pieces, id -> bytes; and token_bytes (n_vocab,),
-    the UTF-8 bytes of each id, which make bits per byte out of a loss per token (0 for specials).
+        >>> ranks = train_bpe(["aaabdaaabac"], 259)  # 256 bytes and three merges
+        >>> tokenizer = Tokenizer("bpe", ranks, BPE_PATTERN, {EOT: 259})
+        >>> tokenizer.encode("aaabdaaabac").tolist()  # aaab d aaab a c
+        [258, 100, 258, 97, 99]
+        >>> tokenizer.pieces[258], tokenizer.decode([258, 259])
+        (b'aaab', 'aaab<|endoftext|>')
+
+    ranks: bytes -> id, in the order of the merges; specials: name -> id, ids that no text gives.
+    Attributes: kind, specials, eos_id; n_vocab, the largest id + 1; pieces, id -> bytes;
+    token_bytes (n_vocab,), the UTF-8 bytes of each id, which make bits per byte out of a loss per
+    token (0 for specials); data, the bytes of its tokenizer.json, for cache keys.
     """
 
-    file, eos = "tokenizer.tiktoken", EOT  # the name of its file, the special that ends a document
-    added: list[str] = []  # the specials that `add` was given
-    # The specials that a text may name; True: they are looked for once the text is normalized.
-    found: dict[str, bool] = {}
+    prefix = ""  # what `encode` puts before a text
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]):
-        self.kind, self.ranks, self.pattern, self.specials = kind, ranks, pattern, specials
-        # Its file has a piece in base64 and its rank a line, as tiktoken's own files.
-        lines = [base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks.items()]
-        self.data = b"".join(lines)
-        self.set_pieces({i: piece for piece, i in ranks.items()})
-
-    def set_pieces(self, text_pieces: dict[int, bytes]) -> None:
-        # Specials are not tiktoken's business: it would look for their names in the text.
-        self.core = tiktoken.Encoding(self.kind, pat_str=self.pattern, mergeable_ranks=self.ranks,
+        # tiktoken's X{1,3}+ never gives back what it took; to Hugging Face it is (X{1,3})+.
+        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", pattern)
+        # tiktoken gets no specials: it would look for their names in the text.
+        self.core = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={})
-        self.text_pieces = text_pieces
-        self.pieces = text_pieces | {i: name.encode() for name, i in self.specials.items()}
-        self.eos_id, self.n_vocab = self.specials[self.eos], max(self.pieces) + 1
-        self.token_bytes = np.array([len(text_pieces.get(i, b"")) for i in range(self.n_vocab)])
+        vocab = {"".join(LETTERS[b] for b in piece): rank for piece, rank in ranks.items()}
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                 "invert": False}
+        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                    "use_regex": False}
+        content = {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": name} | SPECIAL for name, i in specials.items()],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
+            "decoder": as_bytes,
+            # Hugging Face gives another id to a special that is not in the vocabulary too.
+            "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab | specials,
+                      "merges": all_merges(sorted(vocab, key=vocab.get), vocab)}}
+        self.describe(kind, content, {i: piece for piece, i in ranks.items()}, EOT, True)
 
-    def add(self, names: list[str]) -> "Tokenizer":
-        """The same with more specials: a name that it has keeps its id, others get the next ones.
-        No text gives any of them."""
-        new = copy.copy(self)
-        missing = [name for name in names if name not in self.specials]
-        fresh = {name: self.n_vocab + i for i, name in enumerate(missing)}
-        new.added, new.specials = names, self.specials | fresh
-        new.found = {name: how for name, how in self.found.items() if name not in names}
-        new.set_pieces(self.text_pieces)
-        return new
+    def describe(self, kind: str, content: dict[str, Any], text_pieces: dict[int, bytes], eos: str,
+                 splits: bool) -> None:
+        """Set the attributes. content: the tokenizer.json; text_pieces: id -> bytes, without added
+        tokens; splits: whether names of specials are ordinary text (split_special_tokens)."""
+        added = content["added_tokens"]
+        self.kind, self.data = kind, json.dumps(content, indent=1).encode()
+        self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+        self.pieces = text_pieces | {token["id"]: token["content"].encode() for token in added}
+        self.eos_id, self.n_vocab = self.specials[eos], max(self.pieces) + 1
+        self.token_bytes = np.zeros(self.n_vocab, np.int64)
+        for i in self.pieces.keys() - self.specials.values():
+            self.token_bytes[i] = len(self.pieces[i])
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "kind": kind,
+                       "clean_up_tokenization_spaces": False, "split_special_tokens": splits}
+        self.entry = {"kind": kind, "file": "tokenizer.json", "n_vocab": self.n_vocab,
+                      "sha256": hashlib.sha256(self.data).hexdigest(), "eos_id": self.eos_id,
+                      "specials": self.specials, "config": self.config}
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32, no BOS, no EOS."""
@@ -108,54 +120,14 @@ class Tokenizer:
         """The text of ids. Half a character or an unknown id becomes U+FFFD."""
         # It never raises: a model may give any id, and more ids than the tokenizer has.
         pieces = [self.pieces.get(int(i), b"\xff") for i in ids]
-        return b"".join(pieces).decode("utf-8", "replace")
+        return b"".join(pieces).decode("utf-8", "replace").removeprefix(self.prefix)
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Write the tokenizer's file; returns its entry in the manifest, for `load_tokenizer`."""
-        (directory / self.file).write_bytes(self.data)
-        entry = {"kind": self.kind, "file": self.file,
-                 "sha256": hashlib.sha256(self.data).hexdigest(),
-                 "n_vocab": self.n_vocab, "eos_id": self.eos_id, "bos_id": None,
-                 "rule": "no BOS; one EOS after every document",
-                 "pattern": self.pattern, "specials": self.specials}
-        return entry | ({"added": self.added} if self.added else {})
-
-    def save_hugging_face(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json: AutoTokenizer then gives our ids."""
-        flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
-        tokens = [{"id": i, "content": name, "normalized": self.found.get(name, False), **flags}
-                  for name, i in self.specials.items()]
-        tokenizer = {"version": "1.0", "added_tokens": tokens, **self.hugging_face()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  "clean_up_tokenization_spaces": False, "eos_token": self.eos,
-                  # Hugging Face looks for all specials in a text, or for none.
-                  "split_special_tokens": not self.found}
-        for name, content in (("tokenizer", tokenizer), ("tokenizer_config", config)):
-            (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-
-    def hugging_face(self) -> dict[str, Any]:
-        """The model of a tokenizer.json, and the steps before and after it."""
-        letters = byte_letters()
-        vocab = {"".join(letters[b] for b in piece): rank for piece, rank in self.ranks.items()}
-        # tiktoken's X{1,3}+ never gives back what it took; to Hugging Face it is (X{1,3})+.
-        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", self.pattern)
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-                 "invert": False}
-        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                    "use_regex": False}
-        # A special that is not in the vocabulary too would get another id.
-        model = {"type": "BPE", "ignore_merges": True, "vocab": vocab | self.specials,
-                 "merges": all_merges(sorted(vocab, key=vocab.get), vocab)}
-        return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
-                "decoder": as_bytes, "model": model}
-
-
-def byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a tokenizer.json: the byte's own if it can be seen,
-    else one from U+0100 on (as GPT-2)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + k) for k, b in enumerate(hidden)}
+        """Write tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same
+        ids; returns the entry of a manifest, for `load_tokenizer`."""
+        (directory / "tokenizer.json").write_bytes(self.data)
+        (directory / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        return self.entry
 
 
 def all_merges(merged: Iterable[str], vocab: dict[str, int]) -> list[str]:
@@ -167,7 +139,7 @@ def all_merges(merged: Iterable[str], vocab: dict[str, int]) -> list[str]:
 
 
 def replace_invalid_utf8(text: str) -> str:
-    """The text itself, or with U+FFFD for what UTF-8 cannot say: lone surrogates, as from JSON."""
+    """The text with lone surrogates (from JSON) replaced by U+FFFD; the same object if none."""
     try:
         text.encode()
         return text
@@ -176,20 +148,25 @@ def replace_invalid_utf8(text: str) -> str:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def spell(piece: str) -> str:
+    return piece.replace("\u2581", " ")  # the space of sentencepiece
+
+
 def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """Byte-level BPE (Sennrich et al. 2016): merge the commonest pair of neighbours, again and
     again, until there are `size` tokens or nothing is left to merge. Returns bytes -> rank."""
     frequency: Counter[str] = Counter()
     for text in texts:
         frequency.update(regex.findall(BPE_PATTERN, text))
-    # A merge rewrites the words that have its pair; of "words" of megabytes the beginning will do.
-    words = [list(word[:200].encode()) for word in frequency]
+    # A word is a string of chr(token id), so that str.replace merges a pair. Every merge rewrites
+    # the words that have its pair; of "words" of megabytes the beginning will do.
+    words = [word[:200].encode().decode("latin-1") for word in frequency]
     often = list(frequency.values())
-    pair_count: Counter[tuple[int, int]] = Counter()
-    words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    pair_count: Counter[str] = Counter()
+    words_with: defaultdict[str, set[int]] = defaultdict(set)
 
     def count_pairs(w: int, sign: int) -> None:
-        for pair in zip(words[w], words[w][1:]):
+        for pair in map(operator.add, words[w], words[w][1:]):
             pair_count[pair] += sign * often[w]
             words_with[pair].add(w)
 
@@ -197,8 +174,7 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
         count_pairs(w, +1)
     tokens = [bytes([b]) for b in range(256)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    # The commonest pair comes first, and of equals the one of smaller ids: the result depends on
-    # nothing but the text.
+    # The commonest pair comes first, and of equally common ones that of the smaller ids.
     heap = sorted((-n, pair) for pair, n in pair_count.items())
     while len(tokens) < size and heap:
         n, pair = heapq.heappop(heap)
@@ -207,193 +183,41 @@ def train_bpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
-        union = tokens[pair[0]] + tokens[pair[1]]
+        union = tokens[ord(pair[0])] + tokens[ord(pair[1])]
         new = ranks.setdefault(union, len(tokens))  # (a, bc) and (ab, c) make the same token
         if new == len(tokens):
             tokens.append(union)
         new_pairs = set()
         for w in words_with.pop(pair):
             count_pairs(w, -1)
-            words[w] = merge_pair(words[w], pair, new)
+            words[w] = words[w].replace(pair, chr(new))
             count_pairs(w, +1)
-            new_pairs.update(p for p in zip(words[w], words[w][1:]) if new in p)
+            new_pairs.update(p for p in map(operator.add, words[w], words[w][1:]) if chr(new) in p)
         for p in new_pairs:
             heapq.heappush(heap, (-pair_count[p], p))
     return ranks
 
 
-def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    merged: list[int] = []
-    for token in word:
-        if token == pair[1] and merged and merged[-1] == pair[0]:
-            merged[-1] = new
-        else:
-            merged.append(token)
-    return merged
+class LlamaTokenizer(Tokenizer):
+    """LLaMA's tokenizer on tiktoken, with exactly Hugging Face's ids for any text."""
 
+    prefix = " "
 
-class HubTokenizer(Tokenizer):
-    """A byte-level BPE from its Hugging Face tokenizer.json (GPT-2's, Llama 3's, OLMo's, ...), with
-    exactly its ids; a BOS is not put before a text. UserError for one that cannot be followed."""
-
-    kind, file = "hf", "tokenizer.json"
-
-    def __init__(self, path: str | Path, eos: str = ""):
-        """eos: the special that ends a document; "" = what tokenizer_config.json says."""
-        path = Path(path)
-        try:
-            self.data = read_regular(path)
-            content = json.loads(self.data)
-            said = path.with_name("tokenizer_config.json")
-            settings = json.loads(read_regular(said)) if said.exists() else {}
-            added = content["added_tokens"]
-            if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
-                raise ValueError("an added token strips its neighbours")
-            self.specials = {token["content"]: token["id"] for token in added}
-            self.found = {token["content"]: token["normalized"] for token in added}
-            if settings.get("split_special_tokens"):
-                self.found = {}
-            named = settings.get("eos_token") or ""
-            self.eos = eos or (named if isinstance(named, str) else named["content"]) or self.eos
-            if self.eos not in self.specials:
-                raise ValueError(f"it has no {self.eos} to end a document with, and there is no"
-                                 " tokenizer_config.json beside it that names another eos_token")
-            self.read(content)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a tokenizer.json that can be followed here"
-                            f" ({type(error).__name__}: {error}). A sentencepiece .model is not"
-                            " read: take the .json.")
-
-    def read(self, content: dict[str, Any]) -> None:
-        """Ranks for tiktoken from the merges, an id for each rank, and the pattern."""
-        model, normalizer = content["model"], content.get("normalizer")
-        # All that makes other ids of the same merges must not be there.
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                    "byte_fallback"):
-            if model.get(key):
-                raise ValueError(f"its model has {key} = {model[key]!r}")
-        if model["type"] != "BPE" or normalizer not in (None, {"type": "NFC"}):
-            raise ValueError(f"its model is {model['type']}, its normalizer {normalizer}")
-        self.form = "NFC" if normalizer else ""
-        self.pattern = split_pattern(content.get("pre_tokenizer"))
-        bytes_of = {letter: bytes([b]) for b, letter in byte_letters().items()}
-
-        def spell(piece: str) -> bytes:
-            return b"".join(bytes_of[letter] for letter in piece)
-
-        vocab = {spell(piece): i for piece, i in model["vocab"].items()
-                 if piece not in self.specials}
-        merges = [[spell(part) for part in (m.split(" ") if isinstance(m, str) else m)]
-                  for m in model["merges"]]
-        merged = dict.fromkeys(a + b for a, b in merges)
-        if len([*itertools.groupby(merges, b"".join)]) > len(merged):
-            raise ValueError("the ways to merge a piece do not follow each other")
-        self.ranks = {piece: rank for rank, piece in enumerate(
-            dict.fromkeys([*(bytes([b]) for b in range(256)), *merged]))}
-        if vocab.keys() - self.ranks.keys():
-            raise ValueError(f"no merge makes {min(vocab.keys() - self.ranks.keys())!r}")
-        # tiktoken merges any two neighbours whose union it knows. The ids are the same if each
-        # piece, merged from its bytes, ends with a merge that the file has.
-        ways = {tuple(merge) for merge in merges}
-        for piece in merged:
-            if tuple(merge_bytes(piece, self.ranks)) not in ways:
-                raise ValueError(f"{piece!r} is merged from other parts than tiktoken merges")
-        # A byte that is not in the vocabulary gives no id: (n_ranks, 1), -1 for none.
-        self.ids = np.array([[vocab.get(piece, -1)] for piece in self.ranks], np.int32)
-        self.set_pieces({i: piece for piece, i in vocab.items()})
-
-    def normalize(self, text: str) -> str:
-        return unicodedata.normalize(self.form, text) if self.form else text
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids that Hugging Face gives without BOS, (n,) uint32. Names of specials are found
-        where it finds them."""
-        # Names that are "normalized" are looked for in the normalized text, and so are they.
-        raw = any_of(*[name for name, normalized in self.found.items() if not normalized])
-        names = {self.normalize(name): name for name, later in self.found.items() if later}
-        ids: list[Any] = [[]]
-        # split() gives the text between the names, and the names, in turn.
-        for k, part in enumerate(raw.split(replace_invalid_utf8(text))):
-            if k % 2:
-                ids.append([self.specials[part]])
-            elif part:  # LLaMA puts a space before a text, and none before nothing
-                for j, piece in enumerate(any_of(*names).split(self.normalize(part))):
-                    ids.append([self.specials[names[piece]]] if j % 2 else
-                               self.encode_piece(piece))
-        return np.concatenate(ids, dtype=np.uint32, casting="unsafe")
-
-    def encode_piece(self, text: str) -> np.ndarray:
-        ids = self.ids[self.core.encode_to_numpy(text, disallowed_special=())]  # (n, 1 or 3)
-        return ids[ids >= 0]
-
-    def hugging_face(self) -> dict[str, Any]:
-        content = json.loads(self.data)
-        content["model"]["vocab"] |= self.specials
-        return {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder",
-                                                  "model")}
-
-
-def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
-    """The pattern that cuts a text as a pre_tokenizer does; ValueError if there is none."""
-    steps = pre_tokenizer or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise ValueError("its pre_tokenizer does not end with ByteLevel, or adds a space")
-    own = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and own:
-        return GPT2_PATTERN
-    if kinds == ["Digits", "ByteLevel"] and own and steps[0]["individual_digits"]:
-        return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not own:
-        split = steps[0]
-        # X{1,3}+ is (X{1,3})+ to Hugging Face, and to tiktoken something that gives nothing back.
-        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?:\1)+", split["pattern"]["Regex"])
-        if (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
-            regex.compile(pattern)
-            return pattern
-    raise ValueError(f"its pre_tokenizer ({', '.join(map(str, kinds))}) is not one of those known")
-
-
-def merge_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What tiktoken makes of a piece before its last merge: two parts, if the file is sound."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-        best = min(pairs)
-        if best >= ranks[piece]:
-            break
-        i = pairs.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-class LlamaTokenizer(HubTokenizer):
-    """LLaMA's tokenizer, exactly, from its Hugging Face tokenizer.json; UserError for another's."""
-
-    kind, eos = "llama", "</s>"
-
-    def read(self, content: dict[str, Any]) -> None:
-        self.pattern, model = LLAMA_PATTERN, content["model"]
-        self.vocab = model["vocab"]
+    def __init__(self, content: dict[str, Any], eos: str, splits: bool):
+        """content: a tokenizer.json; KeyError or ValueError if it is not built as LLaMA's."""
+        added, model, vocab = content["added_tokens"], content["model"], content["model"]["vocab"]
+        byte_names = [f"<0x{b:02X}>" for b in range(256)]
+        others = {"", *byte_names, *(token["content"] for token in added)}
+        pieces = [piece for piece in vocab if piece not in others]
+        id_of = {spell(piece).encode(): vocab[piece] for piece in pieces}
         # A merge is "a b" or, in newer files, ["a", "b"].
-        self.merged = list(dict.fromkeys("".join(m).replace(" ", "") for m in model["merges"]))
-        steps = model.get("byte_fallback"), content.get("normalizer"), content.get("pre_tokenizer")
-        if steps != (True, LLAMA_STEPS["normalizer"], None):
-            raise ValueError("it has another normalizer, pre_tokenizer or byte_fallback")
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        whole = [len(p) == 1 or regex.fullmatch(LLAMA_PATTERN, spell(p)) for p in pieces]
         # tiktoken merges whatever makes a piece, so all those merges must be in the file.
-        pieces = self.vocab.keys() - self.specials.keys()
-        if len(all_merges(pieces, self.vocab)) != len(model["merges"]):
-            raise ValueError("its merges are not all that make its pieces")
-        byte_ids = [self.vocab[f"<0x{b:02X}>"] for b in range(256)]
-        id_of = {}  # UTF-8 of a piece -> its id
-        for piece in self.vocab:
-            text = piece.replace("\u2581", " ")
-            if not piece or piece in self.specials or re.fullmatch("<0x..>", piece):
-                continue
-            if len(text) > 1 and not regex.fullmatch(LLAMA_PATTERN, text):
-                raise ValueError(f"the piece {text!r} crosses a cut of the pattern")
-            id_of[text.encode()] = self.vocab[piece]
+        if ((content["normalizer"], content["pre_tokenizer"]) != (LLAMA_NORMALIZER, None)
+                or not model["byte_fallback"] or not all(whole)
+                or sorted(merges) != sorted(all_merges(pieces, vocab))):
+            raise ValueError("it is not LLaMA's")
         # LLaMA's was made with sentencepiece, which merges the neighbours whose union has the best
         # score, leftmost first: tiktoken's rule, with ranks in the order of scores. But it begins
         # with characters, and tiktoken with bytes. So the first ranks go to the beginnings of
@@ -401,29 +225,36 @@ class LlamaTokenizer(HubTokenizer):
         # before it is merged with another.
         characters = [piece for piece in id_of if len(piece) > 1 and len(piece.decode()) == 1]
         beginnings = {c[:n] for c in characters for n in range(2, len(c))}
-        merged = [piece.replace("\u2581", " ").encode() for piece in self.merged]
-        ranked = [bytes([b]) for b in range(256)] + sorted(beginnings) + characters + merged
-        self.ranks = {piece: rank for rank, piece in enumerate(ranked)}
-        # A rank has one id: (n_ranks, 3), filled up with -1. But a beginning that is left over is
-        # of a character that LLaMA does not know, and is spelled in two or three bytes.
+        ranked = [bytes([b]) for b in range(256)] + sorted(beginnings) + characters
+        ranked += dict.fromkeys(spell(merge.replace(" ", "")).encode() for merge in merges)
+        self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={},
+                                      mergeable_ranks={p: rank for rank, p in enumerate(ranked)})
+        # A rank has one id: (n_ranks, 3), filled up with -1. But the beginning of a character that
+        # LLaMA does not know is spelled in two or three bytes.
         self.ids = np.full((len(ranked), 3), -1, np.int32)
-        for piece, rank in self.ranks.items():
-            ids = [id_of[piece]] if piece in id_of else [byte_ids[b] for b in piece]
+        for rank, piece in enumerate(ranked):
+            ids = [id_of[piece]] if piece in id_of else [vocab[byte_names[b]] for b in piece]
             self.ids[rank, : len(ids)] = ids
-        text_pieces = {i: piece for piece, i in id_of.items()}
-        self.set_pieces(text_pieces | {i: bytes([b]) for b, i in enumerate(byte_ids)})
+        # Added tokens with "normalized": true are normalized and matched in the normalized text.
+        found = [token for token in added if not (splits and token["special"])]
+        self.raw = {t["content"]: t["id"] for t in found if not t["normalized"]}
+        self.normalized = {" " + spell(t["content"]): t["id"] for t in found if t["normalized"]}
+        text_pieces = {vocab[name]: bytes([b]) for b, name in enumerate(byte_names)}
+        text_pieces |= {i: piece for piece, i in id_of.items()}
+        self.describe("llama", content, text_pieces, eos, splits)
 
-    def normalize(self, text: str) -> str:
-        return " " + text.replace("\u2581", " ")
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without the space that `encode` puts before it."""
-        return super().decode(ids).removeprefix(" ")
-
-    def hugging_face(self) -> dict[str, Any]:
-        model = {"type": "BPE", "byte_fallback": True, "vocab": self.vocab | self.specials,
-                 "merges": all_merges(self.merged, self.vocab)}
-        return {**LLAMA_STEPS, "model": model}
+    def encode(self, text: str) -> np.ndarray:
+        rows: list[Any] = [[]]
+        # split() gives the text between the names, and the names, in turn.
+        for k, part in enumerate(any_of(*self.raw).split(replace_invalid_utf8(text))):
+            if k % 2:
+                rows.append([self.raw[part]])
+            elif part:  # LLaMA puts a space before a text, and none before nothing
+                for j, piece in enumerate(any_of(*self.normalized).split(" " + spell(part))):
+                    ranks = self.core.encode_to_numpy(piece, disallowed_special=())
+                    rows.append([self.normalized[piece]] if j % 2 else self.ids[ranks].ravel())
+        ids = np.concatenate(rows)
+        return ids[ids >= 0].astype(np.uint32)
 
 
 @functools.cache
@@ -433,39 +264,66 @@ def any_of(*names: str) -> re.Pattern:
     return re.compile(f"({'|'.join(alternatives)})" if names else "(?!)")  # (?!) is never found
 
 
+class HubTokenizer(Tokenizer):
+    """Any other tokenizer.json (GPT-2's, Llama 3's, OLMo's, ...), by the package `tokenizers`.
+    ValueError if its tokens do not have the bytes of the text."""
+
+    def __init__(self, content: dict[str, Any], eos: str, splits: bool):
+        import tokenizers  # an optional package
+        self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self.core.encode_special_tokens = splits
+        decoder, bytes_of = json.dumps(content.get("decoder")), {}
+        for piece, i in self.core.get_vocab(with_added_tokens=False).items():
+            if "ByteLevel" in decoder:
+                bytes_of[i] = b"".join(BYTES.get(letter, letter.encode()) for letter in piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                bytes_of[i] = bytes.fromhex(piece[3:5])
+            else:
+                bytes_of[i] = spell(piece).encode()
+        self.describe("hf", content, bytes_of, eos, splits)
+        decoded = self.decode(self.encode(PROBE))
+        if decoded not in (PROBE, " " + PROBE) or not re.search("Byte(Level|Fallback)", decoder):
+            raise ValueError("its tokens lose or change parts of a text, so that bits per byte"
+                             " cannot be measured")
+        self.prefix = decoded.removesuffix(PROBE)
+
+    def encode(self, text: str) -> np.ndarray:
+        encoding = self.core.encode(replace_invalid_utf8(text), add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+
 def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config asks for, checked; `texts` is read only to train one."""
     kind, _, name = config.tokenizer.partition(":")
-    if kind in ("llama", "hf"):
-        tokenizer: Tokenizer = open_tokenizer(Path(name))
+    if kind == "hf":
+        tokenizer = open_tokenizer(Path(name))
     elif kind == "tiktoken":
         try:
             named = tiktoken.get_encoding(name)
         except (ValueError, OSError) as error:  # no such name; no network
             raise UserError(f"tokenizer: tiktoken cannot load {name!r} ({type(error).__name__}); it"
-                            f" knows {', '.join(tiktoken.list_encoding_names())} and downloads"
-                            ' them. Without a network take "bpe" or "hf:PATH".')
+                            f" downloads {', '.join(tiktoken.list_encoding_names())}."
+                            ' Without a network take "bpe" or "hf:PATH".')
         tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
                               named._special_tokens)
     else:
-        n_added = len(CRYSTAL_TOKENS) if config.crystal_tokens else 0
-        ranks = train_bpe(texts, config.vocab_size - 1 - n_added)
+        n_specials = 1 + len(CRYSTAL_TOKENS) * config.crystal_tokens
+        ranks = train_bpe(texts, config.vocab_size - n_specials)
         tokenizer = Tokenizer("bpe", ranks, BPE_PATTERN, {EOT: len(ranks)})
     return check_tokenizer(config, tokenizer)
-
-
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a directory that has one."""
-    path = path / "tokenizer.json" if path.is_dir() else path
-    # LLaMA's begins with characters, and spells those that it does not know in bytes.
-    llama = re.search(rb'"byte_fallback":\s*true', read_regular(path))
-    return LlamaTokenizer(path) if llama else HubTokenizer(path)
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer, with the tokens that the config adds; UserError if it does not fit it."""
     if config.crystal_tokens:
-        tokenizer = tokenizer.add(CRYSTAL_TOKENS)
+        # Names that it has keep their ids, others get the next ones. No text gives any special.
+        content = json.loads(tokenizer.data)
+        missing = [name for name in CRYSTAL_TOKENS if name not in tokenizer.specials]
+        for i, name in enumerate(missing, tokenizer.n_vocab):
+            content["added_tokens"].append({"id": i, "content": name} | SPECIAL)
+            content["model"]["vocab"][name] = i
+        settings = tokenizer.config | {"split_special_tokens": True}
+        tokenizer = read_tokenizer(json.dumps(content).encode(), json.dumps(settings).encode())
     missing = [name for name in FIM_TOKENS if name not in tokenizer.specials]
     if config.fim_rates and missing:
         raise UserError(f"fim_rates: the tokenizer {config.tokenizer} has no {missing[0]};"
@@ -476,31 +334,60 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a directory that has one. The eos_token and the
+    split_special_tokens of a tokenizer_config.json beside it are followed."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    beside = path.with_name("tokenizer_config.json")
+    data, config_data = read_regular(path), read_regular(beside) if beside.exists() else b"{}"
+    try:
+        return read_tokenizer(data, config_data)
+    except Exception as error:  # of any kind: anybody may have written the JSON
+        raise UserError(f"{path} is not a tokenizer.json that can be followed here"
+                        f" ({type(error).__name__}: {error}). One that is neither LLaMA's nor ours"
+                        " takes one more package: pip install tokenizers. A sentencepiece .model is"
+                        " not read.")
+
+
 def load_tokenizer(directory: Path, entry: dict[str, Any]) -> Tokenizer:
     """A saved tokenizer, from what `save` returned; OSError or ValueError if the file is not what
     was saved, UserError if this code cannot read it."""
-    # To load it once more costs nothing: every command asks for it in several places.
-    return read_tokenizer(Path(directory), json.dumps(entry))
+    # One wrong merge gives wrong ids, and wrong bits per byte, without an error anywhere.
+    sha256 = hashlib.sha256(read_regular(directory / "tokenizer.json")).hexdigest()
+    if sha256 != entry["sha256"] or open_tokenizer(directory).entry != entry:
+        raise ValueError("it is not the tokenizer that the manifest describes")
+    return open_tokenizer(directory)
 
 
-@functools.lru_cache(maxsize=4)
-def read_tokenizer(directory: Path, entry_json: str) -> Tokenizer:
-    entry = json.loads(entry_json)
-    data = read_regular(directory / entry["file"])
-    # One wrong line gives wrong ids, and wrong bits per byte, without an error anywhere.
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ValueError("its sha256 is not the manifest's")
-    if entry["kind"] in ("llama", "hf"):
-        cls = LlamaTokenizer if entry["kind"] == "llama" else HubTokenizer
-        eos = [name for name, i in entry["specials"].items() if i == entry["eos_id"]]
-        tokenizer: Tokenizer = cls(directory / entry["file"], eos[0])
-    else:
-        # Not by tiktoken's own reader, which caches by path: it would give what was trained before.
-        lines = [line.split() for line in data.splitlines()]
-        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
-        # tiktoken does not check either of these, and panics.
-        ids = {*ranks.values(), *entry["specials"].values()} & {*range(entry["n_vocab"])}
-        if len(ids) < len(lines) + len(entry["specials"]) or sum(len(p) == 1 for p in ranks) < 256:
-            raise ValueError("its ids are not all different, or one of the 256 bytes is missing")
-        tokenizer = Tokenizer(entry["kind"], ranks, entry["pattern"], entry["specials"])
-    return tokenizer.add(entry["added"]) if "added" in entry else tokenizer
+@functools.lru_cache(maxsize=4)  # every command opens the same one in several places
+def read_tokenizer(data: bytes, config_data: bytes) -> Tokenizer:
+    """The tokenizer that a tokenizer.json and a tokenizer_config.json describe."""
+    content, config = json.loads(data), json.loads(config_data)
+    kind, splits = config.get("kind", ""), bool(config.get("split_special_tokens"))
+    specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+    if kind.startswith(("bpe", "tiktoken:")):
+        ranks = {b"".join(BYTES[letter] for letter in piece): rank
+                 for piece, rank in content["model"]["vocab"].items() if piece not in specials}
+        pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        tokenizer = Tokenizer(kind, ranks, pattern, specials)
+        # Hugging Face would follow whatever else it says.
+        if json.loads(tokenizer.data) != content or tokenizer.config != config:
+            raise ValueError(f"it is not what a tokenizer of the kind {kind} is saved as")
+        return tokenizer
+    eos = config.get("eos_token") or (EOT if EOT in specials else "</s>")
+    eos = eos if isinstance(eos, str) else eos["content"]
+    if eos not in specials:
+        raise ValueError(f"it has no {eos} to end a document with, and there is no"
+                         " tokenizer_config.json beside it that names another eos_token")
+    for token in content["added_tokens"]:
+        token["special"] |= token["content"] in (eos, *CRYSTAL_TOKENS)
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise ValueError(f"{token['content']} takes spaces around it along, or needs them")
+    if content["model"].get("dropout"):
+        raise ValueError("its merges are random (dropout)")
+    # A post-processor puts a BOS before the text; the others cut it short or fill it up.
+    content |= {"post_processor": None, "truncation": None, "padding": None}
+    try:
+        return LlamaTokenizer(content, eos, splits)
+    except (ValueError, KeyError):
+        return HubTokenizer(content, eos, splits)

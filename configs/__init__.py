@@ -11,36 +11,36 @@ import difflib
 import errno
 import inspect
 import json
+import math
 import os
 import re
+import runpy
 import sys
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(Exception):
-    """What a person at the keyboard must know: one sentence that names the thing, what was
-    expected, what was found and what to do. `run_command` prints it; everything else is a bug."""
+    """One sentence for a person: what it is about, what was expected, what was found and what to
+    do. `run_command` prints it; any other exception is a bug and keeps its traceback."""
 
 
 def regular(path: str | Path) -> Path:
-    """A path, if it is a file to read; OSError for a pipe or a device, where that may never end."""
+    """The path, unless it is a pipe or a device, where reading may never end: OSError."""
     if Path(path).exists() and not Path(path).is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return Path(path)
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The bytes of a file; every OSError names it."""
+    """The bytes of a regular file; every OSError names the file."""
     try:
         return regular(path).read_bytes()
     except OSError as error:
-        error.filename = str(path)  # a disk that fails in the middle does not say which file it was
+        error.filename = str(path)  # a failing disk reports no name
         raise
 
 
@@ -60,15 +60,15 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of every initial weight matrix
 
     # -- what Crystal chooses otherwise (LLM360 crystalcoder-train)
-    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm", which has a bias
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # LayerNorm has a bias
     bias: bool = False  # biases beside every matrix of a block
-    rotary_dim: int = 0  # dimensions of a head that turn; 0 = all
+    rotary_dim: int = 0  # dimensions of a head that are rotated; 0 = all
     rotary_interleaved: bool = False  # pairs are (2i, 2i + 1); false = (i, i + rotary_dim / 2)
     attention_scale_power: float = 0.5  # q k is divided by the head size to this power; muP: 1
     embedding_scale: float = 1.0  # factor of the embeddings
     logit_scale: float = 1.0  # factor of the logits, beside the width scale
     base_hidden_size: int = 0  # muP: the width the rates were found at; 0 = no muP
-    init_truncated: bool = False  # initial weights within two standard deviations
+    init_truncated: bool = False  # initial weights truncated at ±2 standard deviations
     init_by_depth: bool = False  # o_proj and down_proj begin smaller by sqrt(2 x layers)
 
     def __post_init__(self) -> None:
@@ -100,14 +100,13 @@ class Config(ModelConfig):
     run_dir: str = ""  # checkpoints, metrics, results; "" = runs/NAME
 
     # -- prepare_data.py
-    sources: dict = field(default_factory=dict)  # {"name": "path or glob"}; {} = the embedded text
+    sources: dict = field(default_factory=dict)  # {"name": "path or glob of text"}
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
     source_halves: dict = field(default_factory=dict)  # {"name": "even" or "odd" documents}
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
-    canaries: dict = field(default_factory=dict)  # {times: n}: plant n random sequences so often
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
     tokenized_valid: str = ""  # the same for validation; without it there is none
-    on_bad_line: str = "stop"  # a line of input that is not valid: "stop" | "skip" (and count)
+    on_bad_line: Literal["stop", "skip"] = "stop"  # of input that is not valid
     tokenizer: str = "bpe"  # "bpe" | "hf:PATH" of a tokenizer.json | "tiktoken:NAME" | "data:DIR"
     crystal_tokens: bool = False  # ids for Crystal's 22 added tokens (infilling, files, chat)
     fim_rates: dict = field(default_factory=dict)  # {"name": share of its documents infilled}
@@ -115,8 +114,8 @@ class Config(ModelConfig):
     seq_len: int = 2048  # tokens a sequence trains on; it holds seq_len + 1 ids
     n_chunks: int = 360  # chunks of data = checkpoints kept
     sequences_per_chunk: int = 0  # sequences of a chunk at most; 0 = all there are
-    valid_sequences: int = 102_400  # held out of each source for validation (at most)
-    valid_documents: int = 0  # hold out one whole document in so many, by hash; 0 = any sequences
+    valid_sequences: int = 102_400  # of each source, for validation; at most, if valid_documents
+    valid_documents: int = 0  # hold out 1 of N whole documents, by hash; 0 = random sequences
     workers: int = 0  # processes; 0 = one per core
     seed: int = 11111  # of the data order, the validation sequences and the initial weights
     init_seed: int = 0  # of the initial weights alone; 0 = seed
@@ -126,11 +125,11 @@ class Config(ModelConfig):
     micro_batch_size: int = 10  # sequences per forward pass of one process
     learning_rate: float = 3e-4  # peak, reached after warmup_steps
     min_learning_rate: float = 3e-5  # where "cosine" and "linear" end; "constant" ignores it
-    lr_schedule: str = "cosine"  # "cosine" | "linear" | "constant", after the warm-up
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     schedule_steps: int = 0  # optimizer steps of the schedule, warm-up too; 0 = the data's
     warmup_steps: int = 2000  # optimizer steps of linear warm-up from 0
     warmup_offset: int = 1  # added to the steps done; 0 = Amber's, whose first rate is 0
-    epochs: int = 1  # passes through all chunks, each in an order of its own
+    epochs: int = 1  # passes through all chunks, each shuffled differently
     max_steps: int = 0  # stop after so many optimizer steps, schedule unchanged; 0 = all the data
 
     # -- train.py: optimizer (AdamW)
@@ -142,31 +141,30 @@ class Config(ModelConfig):
 
     # -- train.py: the machine
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1"; auto = cuda where there is one
-    dtype: str = "auto"  # compute: "auto" | "bfloat16" | "float32"; weights are float32 always
-    kernels: str = "auto"  # "auto" | "triton" | "torch"; auto = Triton on CUDA
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the arithmetic; weights are float32
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto = Triton on CUDA
     compile: bool = False  # torch.compile the blocks; pays for runs longer than a few minutes
     threads: int = 0  # CPU threads of torch; 0 = one per core
     deterministic: bool = False  # on a GPU: same bits in every run, slower; a CPU's are anyway
-    peak_tflops: float = 0.0  # of one device, for MFU; 0 = known by name, or measured on a CPU
+    peak_tflops: float = 0.0  # of one device, for MFU; 0 = known by name
 
     # -- train.py: many processes (torchrun)
-    parallel: str = "fsdp"  # "ddp" | "fsdp" | "hsdp": shard in groups, replicate across them
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "fsdp"  # hsdp: fsdp in groups, ddp across
     shard_size: int = 0  # hsdp: processes of a group; 0 = those of a node
-    reduce_dtype: str = "float32"  # gradients between processes: "float32" | "bfloat16", as Amber
-    same_bits: bool = False  # sums in one order: any number of processes gives the same bits; fsdp
-    activation_checkpointing: str = "none"  # computed again: "none" | "selective" | "full" block
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between processes
+    same_bits: bool = False  # fixed reduction order: same bits for any number of processes; fsdp
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # of a block
     timeout_minutes: float = 15.0  # a collective that takes so long ends the run
 
     # -- train.py: a loss or gradient that is not finite
-    on_nonfinite: str = "stop"  # "stop" | "skip_step": leave out the update of that step
-    skip_chunks: list = field(default_factory=list)  # left out; the first ones come again instead
+    on_nonfinite: Literal["stop", "skip_step"] = "stop"  # skip_step leaves out that step's update
+    skip_chunks: list = field(default_factory=list)  # left out; the first chunks are repeated
 
     # -- train.py: validation, samples, checkpoints
     eval_interval: int = 762  # optimizer steps between validations; 0 = only at checkpoints
     eval_sequences: int = 256  # sequences per source of one validation
     sample_prompt: str = "The"  # text continued at every checkpoint
     sample_tokens: int = 48  # tokens of that continuation; 0 = none
-    resume: str = "auto"  # "auto" = go on if it can | "true" = it must | "false" = a new run | PATH
     init_from: str = ""  # checkpoint whose weights a new run begins with
     save_minutes: float = 30.0  # minutes between rolling checkpoints; 0 = none
     keep_rolling: int = 1  # rolling checkpoints kept
@@ -175,386 +173,248 @@ class Config(ModelConfig):
     # -- eval.py
     task_dir: str = "tasks"  # benchmark files: TASK_DIR/NAME/SPLIT.jsonl or SPLIT*.parquet
     tasks: str = ""  # of them, "name,name"; "" = our own two and all that task_dir has
-    published: str = ""  # .csv of another run's scores, drawn beside ours: tokens, one per task
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_len
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
 
-
-# The settings that take one of a few words. Those that also take a path or a name are not here.
-CHOICES = {
-    "norm": ("rmsnorm", "layernorm"),
-    "on_bad_line": ("stop", "skip"),
-    "lr_schedule": ("cosine", "linear", "constant"),
-    "dtype": ("auto", "bfloat16", "float32"),
-    "kernels": ("auto", "triton", "torch"),
-    "parallel": ("ddp", "fsdp", "hsdp"),
-    "reduce_dtype": ("float32", "bfloat16"),
-    "activation_checkpointing": ("none", "selective", "full"),
-    "on_nonfinite": ("stop", "skip_step"),
-}
 # The numbers that must be more than 0. Any other may be 0, often with a meaning of its own ("0 =
 # all"), and none may be negative.
 POSITIVE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     rms_norm_eps rope_theta initializer_range embedding_scale logit_scale seq_len n_chunks
     global_batch_size micro_batch_size learning_rate epochs adam_eps grad_clip timeout_minutes
     eval_sequences k l batch world_size""".split()
-
-# The most that a number may be: what is larger is a slip of the finger, and would overflow, or not
-# end, somewhere deep inside. Below are those that Python counts one by one, or float32 must hold.
-MOST = {int: 2**47, float: 1e12, "num_hidden_layers": 10_000, "seq_len": 10**8, "n_chunks": 10**6,
-        "epochs": 10_000, "workers": 1024, "threads": 1024, "world_size": 10**6,
-        "rms_norm_eps": 1.0, "adam_eps": 1.0, "initializer_range": 1e3, "embedding_scale": 1e6,
-        "logit_scale": 1e6, "attention_scale_power": 4.0}
+# Paths and devices come from the command, never from a recorded config. All other settings decide
+# the result, so the recorded ones are used.
+PLACE = ("name", "data_dir", "run_dir", "device", "kernels", "init_from")
 
 
 @dataclass
 class NoFlags:
-    """For a stage that takes nothing beside the settings."""
+    """For a stage that takes nothing but the settings."""
 
 
 def load(argv: list[str], Flags: type = NoFlags) -> tuple[Config, Any]:
     """Read a config and its `--key=value` overrides: `(config, flags)`.
 
-    argv: `["configs/NAME.py", "--key=value", ...]`. In place of the file a run directory will do:
-    then the settings are those that the run was trained with. Flags: a dataclass of what this stage
-    takes beside the settings, with a comment for each; `flags` is one of these. `-h` prints all.
-    Raises UserError with all problems at once, one sentence each.
+    argv: `["configs/NAME.py", "--key=value", ...]`. A run directory in place of the file gives the
+    settings that the run was trained with. Flags: a dataclass of what this stage takes beside the
+    settings, a comment for each; `flags` is one of these. `-h` prints all of them and exits.
+    Raises UserError with the first problem.
     """
-    if "-h" in argv or "--help" in argv:
-        print(help_text(Flags))
-        sys.exit(0)
-    paths = [argument for argument in argv if not argument.startswith("-")]
-    if len(paths) != 1:
-        found = " and ".join(paths) or "none"
+    paths = [word for word in argv if not word.startswith("-")]
+    asks_for_help = "-h" in argv or "--help" in argv
+    if len(paths) != 1 and not (asks_for_help and not paths):
         raise UserError(f"Give one config file or run directory, like configs/amber_tiny.py or"
-                        f" runs/amber_tiny: found {found}. (Settings are written --key=value; -h"
-                        " lists them.)")
-    # All problems are collected, so that a person does not meet them one at a time.
+                        f" runs/amber_tiny: found {' and '.join(paths) or 'none'}. (Settings are"
+                        " written --key=value; -h lists them.)")
     # f.type is the class int and not the word "int", unless this file imports `annotations`.
-    settings, flags = ({f.name: f.type for f in fields(cls)} for cls in (Config, Flags))
-    kinds = settings | flags
+    settings = {f.name: f.type for f in fields(Config)}
+    flags = {f.name: f.type for f in fields(Flags)}
     values: dict[str, Any] = {}
-    problems: list[str] = []
-    read = read_run if Path(paths[0]).is_dir() else read_file
-    for key, value in read(paths[0]).items():
-        if key in settings:
-            set_value(values, key, value, settings[key], paths[0], problems)
-        else:
-            problems.append(f"{paths[0]}: {unknown(key, [*settings])}")
-    for argument in argv:
-        if not argument.startswith("-"):
+    for key, value in (read_config(paths[0]) if paths else {}).items():
+        values[key] = typed(key, value, kind_of(key, settings, paths[0]), paths[0])
+    for word in argv:
+        if not word.startswith("-") or word in ("-h", "--help"):
             continue
-        key, equals, text = argument.lstrip("-").partition("=")
-        if key not in kinds:
-            problems.append(f"command line: {unknown(key, [*kinds])}")
-        elif not equals and kinds[key] is not bool:
-            problems.append(f"command line: write --{key}=VALUE, in one word.")
-        else:
-            value = parse(text if equals else "true", kinds[key], argument, problems)
-            set_value(values, key, value, kinds[key], "command line", problems)
+        key, equals, text = word.lstrip("-").partition("=")
+        kind = kind_of(key, settings | flags, "command line")
+        if not equals and kind is not bool:
+            raise UserError(f"command line: write --{key}=VALUE, in one word.")
+        values[key] = typed(key, parse(text if equals else "true", kind), kind, "command line")
     config = Config(**{key: value for key, value in values.items() if key in settings})
-    # Data and run are found by the config's name unless it says otherwise.
-    config.name = config.name or Path(paths[0]).stem
-    config.data_dir = config.data_dir or f"data/{config.name}"
-    config.run_dir = config.run_dir or f"runs/{config.name}"
     chosen = Flags(**{key: value for key, value in values.items() if key in flags})
-    if not problems:  # a range means nothing before the types are right
-        problems = check_ranges(chosen) + check(config)
-    if problems:
-        raise UserError("\n".join(problems))
+    if paths:  # data and run are found by the config's name unless it names other places
+        config.name = config.name or Path(paths[0]).stem
+        config.data_dir = config.data_dir or f"data/{config.name}"
+        config.run_dir = config.run_dir or f"runs/{config.name}"
+    check(config)
+    check_numbers(chosen)
+    if asks_for_help:
+        print(help_text(config, chosen))
+        sys.exit(0)
     return config, chosen
 
 
-def read_run(directory: str) -> dict[str, Any]:
-    """The settings that a run has recorded, for use with that run wherever it lies now."""
-    try:
-        recorded = json.loads(read_regular(Path(directory, "config.json")))
-        # What a model computes is in the config.json of a checkpoint; only a run's has all this.
-        found = {name: value for name, value in recorded_settings(recorded).items()
-                 if name not in ("device", "kernels", "resume")}
-        found["canaries"]
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError):
-        raise UserError(f"{directory} is not the directory of a run: it has no config.json as"
-                        " train.py writes it. (Checkpoints are named by --checkpoints=PATH.)")
-    return found | {"run_dir": str(Path(directory))}
-
-
-def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The settings in JSON that a run or a data set has recorded: of the names of today, with
-    whatever values others may have written there."""
-    found = {f.name: recorded[f.name] for f in fields(Config) if f.name in recorded}
-    if type(found.get("canaries")) is dict:  # JSON has made text of the numbers that are keys
-        found["canaries"] = {int(times) if str(times).isdecimal() else times: n
-                             for times, n in found["canaries"].items()}
-    return found
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """The names a config file assigns; it runs in a namespace of its own."""
-    try:
-        source = read_regular(path).decode()
-    except (OSError, ValueError) as error:
+def read_config(path: str) -> dict[str, Any]:
+    """The names that a config file assigns, or the settings that a run directory has recorded."""
+    if Path(path).is_dir():
+        try:
+            recorded = json.loads(read_regular(Path(path, "config.json")))
+            recorded["run_dir"]  # a checkpoint's config.json describes the network alone
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is not the directory of a run: it has no config.json as"
+                            " train.py writes it. (Checkpoints are named by --checkpoints=PATH.)")
+        # A run may have been moved, and to a machine with another device.
+        names = {f.name for f in fields(Config)} - {"device", "kernels"}
+        return {key: recorded[key] for key in names & recorded.keys()} | {"run_dir": path}
+    if not Path(path).is_file():
         near = ", ".join(sorted(os.path.relpath(p) for p in Path(__file__).parent.glob("[!_]*.py")))
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UserError(f"Cannot read the config file {path}: {reason}. There are: {near}.")
+        raise UserError(f"There is no config file {path}. There are: {near}.")
     # A config is a program, so that one can build on another. It is the user's own, and may run.
-    namespace: dict[str, Any] = {"__file__": path}
-    try:
-        exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
-        # A SyntaxError knows its line. Of any other error it is in the traceback, whose first frame
-        # is this function and whose second is the config.
-        line = getattr(error, "lineno", None)
-        if line is None and error.__traceback__ and error.__traceback__.tb_next:
-            line = error.__traceback__.tb_next.tb_lineno
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}.")
-    # A config may import modules and keep helpers under names with _: these are no settings.
+    namespace = runpy.run_path(path)
+    # It may import modules and keep helpers under names with _: these are no settings.
     return {key: value for key, value in namespace.items()
             if not key.startswith("_") and not isinstance(value, ModuleType)}
 
 
-def unknown(key: str, known: list[str]) -> str:
-    """What to say of a name that is no setting: the nearest one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def with_recorded(config: Config, recorded: dict[str, Any]) -> Config:
+    """A copy of a config with the settings, all but PLACE, that a run or a data set has recorded.
+    UserError if one of them cannot be used."""
+    values = {}
+    for f in fields(Config):
+        if f.name in recorded and f.name not in PLACE:
+            values[f.name] = typed(f.name, recorded[f.name], f.type, "as recorded")
+    config = replace(config, **values)
+    check(config)
+    return config
+
+
+def kind_of(key: str, kinds: dict[str, Any], where: str) -> Any:
+    """The type of a setting; UserError if there is no setting of that name."""
+    if key in kinds:
+        return kinds[key]
+    near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "-h lists them."
-    return f"there is no setting {key!r}; {hint}"
+    raise UserError(f"{where}: there is no setting {key!r}; {hint}")
 
 
-def parse(text: str, kind: type, argument: str, problems: list[str]) -> Any:
-    """The value of `--key=text` for a setting of type `kind`."""
-    if kind is str:
+def parse(text: str, kind: Any) -> Any:
+    """The value of `--key=text`; text that does not parse is returned, and `typed` rejects it."""
+    if kind is str or get_origin(kind) is Literal:
         return text
     if kind is bool:
-        text = {"true": "True", "false": "False"}.get(text.lower(), text)
+        return {"true": True, "false": False}.get(text.lower(), text)
     # Numbers, lists and dictionaries as Python writes them; literal_eval runs no code.
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        problems.append(f"command line: {argument}: expected a value of type {kind.__name__},"
-                        f" found {text!r}.")
-        # An empty value of the right type, so that set_value does not note a second problem.
-        return kind()
+        return text
 
 
-def set_value(values: dict[str, Any], key: str, value: Any, kind: type, where: str,
-              problems: list[str]) -> None:
-    """Set a value if it has its setting's type (a whole number will do for a float)."""
-    # Exact types: True is an int to Python, and "3" is not a number to anybody.
+def typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    """The value, if it has its setting's type; an int is accepted for a float."""
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else float("inf")  # there are longer ones
-    if type(value) is not kind:
-        problems.append(f"{where}: {key} must be of type {kind.__name__}, found {value!r}"
-                        f" ({type(value).__name__}).")
-    elif kind is str and ("\0" in value or value.encode("utf-8", "replace").decode() != value):
-        problems.append(f"{where}: {key} has characters that are no text, found {value!r}.")
-    else:
-        values[key] = value
+        value = float(value)
+    if get_origin(kind) is Literal:
+        fits, expected = value in get_args(kind), f"one of {', '.join(map(repr, get_args(kind)))}"
+    else:  # exact types: to Python True is an int
+        fits, expected = type(value) is kind, f"of type {kind.__name__}"
+    if not fits:
+        raise UserError(f"{where}: {key} must be {expected}, found {value!r}.")
+    return value
 
 
-def check_ranges(values: Any) -> list[str]:
-    """The numbers of a dataclass that are out of range, one sentence each."""
-    problems = []
+def check_numbers(values: Any) -> None:
+    """UserError with the first number of a dataclass that is out of range."""
     for f in fields(values):
         value = getattr(values, f.name)
-        if f.type not in (int, float):
-            continue
-        most = MOST.get(f.name, MOST[f.type])
-        if not 0 <= value <= most:
-            problems.append(f"{f.name} must be 0 or more and at most {most:.3g}, found {value}.")
-        elif value == 0 and f.name in POSITIVE:
-            problems.append(f"{f.name} must be more than 0.")
-    return problems
+        if f.type in (int, float) and not 0 <= value < math.inf:
+            raise UserError(f"{f.name} must be 0 or more and finite, found {value}.")
+        if f.name in POSITIVE and value == 0:
+            raise UserError(f"{f.name} must be more than 0.")
 
 
-def check(c: Config) -> list[str]:
-    """Everything wrong with the values of a config, one sentence each."""
-    problems = check_ranges(c)
-    for key, allowed in CHOICES.items():
-        if getattr(c, key) not in allowed:
-            problems.append(f"{key} must be one of {', '.join(map(repr, allowed))}, found"
-                            f" {getattr(c, key)!r}.")
-    for key in ("adam_beta1", "adam_beta2"):
-        if getattr(c, key) >= 1:
-            problems.append(f"{key} must be less than 1, found {getattr(c, key)}.")
-    if c.same_bits and c.reduce_dtype != "float32":
-        problems.append("same_bits needs reduce_dtype = 'float32': one process rounds no gradient"
-                        " on its way to another.")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", c.device):
-        problems.append(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', found {c.device!r}.")
-    if c.min_learning_rate > c.learning_rate:
-        problems.append(f"min_learning_rate ({c.min_learning_rate}) must not be more than"
-                        f" learning_rate ({c.learning_rate}).")
-    # What follows divides by these numbers, so they must be in range first.
-    problems = problems or check_heads(c) + check_data(c)
-    if not problems and c.kernels == "triton" and c.head_dim not in (64, 128):
-        problems.append(f"kernels = 'triton' has no attention for a head size of {c.head_dim}, only"
-                        " for 64 and 128: take 'auto', which chooses what can.")
-    return problems
+def check(c: Config) -> None:
+    """UserError with the first value that is out of range or does not fit the others."""
+    check_numbers(c)
+
+    def is_number(value: Any, most: float) -> bool:
+        return type(value) in (int, float) and 0 <= value <= most
+
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    text_only = ("source_weights", "source_halves", "max_source_bytes", "valid_documents",
+                 "fim_rates")
+    longest_sample = max(1024, c.seq_len)  # every checkpoint waits for its sample
+    rules = [
+        # A slip, or a stranger's config.json, must not make tensors for hours.
+        (c.vocab_size <= 2**24, "vocab_size", "at most 2**24"),
+        (c.num_hidden_layers <= 10_000, "num_hidden_layers", "at most 10,000"),
+        (c.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads})"),
+        (heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} query heads"),
+        (c.head_dim % 2 == 0, "hidden_size", f"an even multiple of num_attention_heads ({heads}),"
+         " because rotary positions rotate pairs"),
+        (c.rotary_dim % 2 == 0 and c.rotary_dim <= c.head_dim, "rotary_dim",
+         f"even and at most the head size ({c.head_dim})"),
+        (c.kernels != "triton" or c.head_dim in (64, 128), "kernels",
+         f"'auto' or 'torch': Triton's attention has head sizes 64 and 128, and not {c.head_dim}"),
+        (c.adam_beta1 < 1, "adam_beta1", "less than 1"),
+        (c.adam_beta2 < 1, "adam_beta2", "less than 1"),
+        (c.min_learning_rate <= c.learning_rate, "min_learning_rate",
+         f"at most learning_rate ({c.learning_rate})"),
+        (not c.same_bits or c.reduce_dtype == "float32", "reduce_dtype",
+         "'float32' with same_bits: a single process does not round its gradients"),
+        (re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", c.device), "device",
+         "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        (re.fullmatch("bpe|(hf|tiktoken|data):.+", c.tokenizer), "tokenizer",
+         "'bpe', 'hf:PATH', 'tiktoken:NAME' or 'data:DIR'"),
+        (c.sample_tokens <= longest_sample, "sample_tokens", f"at most {longest_sample}"),
+        (not (c.sources and c.tokenized), "tokenized",
+         "empty where sources are given: data is made of text or of released chunks"),
+        *((not (c.tokenized and getattr(c, key)), key, "left out with tokenized chunks: it is for"
+           " text") for key in text_only),
+        (len(c.sources) <= 256 and {*map(type, [*c.sources, *c.sources.values()])} <= {str},
+         "sources", "{'name': 'path or glob'}, 256 at most"),
+        (all(is_number(w, 1e6) for w in c.source_weights.values()), "source_weights",
+         "{'name': number from 0 to 1e6}"),
+        (all(half in ("even", "odd") for half in c.source_halves.values()), "source_halves",
+         "{'name': 'even' or 'odd'}"),
+        (all(is_number(rate, 1) for rate in c.fim_rates.values()), "fim_rates",
+         "{'name': share from 0 to 1}"),
+        (c.fim_spm_rate <= 1, "fim_spm_rate", "a share from 0 to 1"),
+        (all(type(i) is int and 0 <= i < c.n_chunks for i in c.skip_chunks), "skip_chunks",
+         f"a list of chunks, 0 to {c.n_chunks - 1}"),
+    ]
+    for fits, key, expected in rules:
+        if not fits:
+            raise UserError(f"{key} must be {expected}, found {getattr(c, key)!r}.")
 
 
-def check_heads(c: ModelConfig) -> list[str]:
-    """What is wrong with the sizes of the attention heads."""
-    problems = []
-    for whole, part in (("hidden_size", "num_attention_heads"),
-                        ("num_attention_heads", "num_key_value_heads")):
-        n, unit = getattr(c, whole), getattr(c, part)
-        if n % unit:
-            problems.append(f"{whole} ({n}) must be a multiple of {part} ({unit});"
-                            f" {nearest(n, unit)}.")
-    if not problems and c.head_dim % 2:
-        problems.append(f"the head size, hidden_size / num_attention_heads = {c.head_dim}, must be"
-                        " even: rotary positions turn pairs.")
-    elif not problems and (c.rotary_dim % 2 or c.rotary_dim > c.head_dim):
-        problems.append(f"rotary_dim must be even and at most the head size ({c.head_dim}),"
-                        f" found {c.rotary_dim}.")
-    return problems
-
-
-def check_data(c: Config) -> list[str]:
-    """What is wrong with the settings that say what the data is made of."""
-    problems = []
-    if c.sources and c.tokenized:
-        problems.append("give sources (text) or tokenized (released chunks of ids), not both.")
-    for key in ("source_weights", "source_halves", "max_source_bytes", "valid_documents",
-                "fim_rates", "canaries"):
-        if c.tokenized and getattr(c, key):
-            problems.append(f"{key} is for text (sources), not for tokenized chunks.")
-    for name in ("sources", "source_weights", "source_halves", "fim_rates"):
-        for key in getattr(c, name):
-            if not isinstance(key, str):
-                problems.append(f"{name} must have names of sources as keys, found {key!r}.")
-    longest = max(1024, c.seq_len)  # of a sample, which every checkpoint waits for
-    if c.sample_tokens > longest:
-        problems.append(f"sample_tokens must be at most {longest}, found {c.sample_tokens}.")
-    for key, value in c.sources.items():
-        if not isinstance(value, str):
-            problems.append(f"sources[{key!r}] must be a path or glob, found {value!r}.")
-    for key, value in c.source_weights.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1e6:
-            problems.append(f"source_weights[{key!r}] must be a number of 0 or more (at most 1e6),"
-                            f" found {value!r}.")
-    for key, value in c.source_halves.items():
-        if value not in ("even", "odd"):
-            problems.append(f"source_halves[{key!r}] must be 'even' or 'odd', found {value!r}.")
-    rates = {f"fim_rates[{key!r}]": rate for key, rate in c.fim_rates.items()}
-    for key, value in [*rates.items(), ("fim_spm_rate", c.fim_spm_rate)]:
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            problems.append(f"{key} must be a share between 0 and 1, found {value!r}.")
-    for times, n in c.canaries.items():
-        if type(times) is not int or type(n) is not int or times < 1 or n < 1:
-            problems.append("canaries must be {times: sequences} of whole numbers, found"
-                            f" {{{times!r}: {n!r}}}.")
-    for chunk in c.skip_chunks:
-        if type(chunk) is not int or not 0 <= chunk < c.n_chunks:
-            problems.append(f"skip_chunks must hold numbers of chunks, 0 to {c.n_chunks - 1},"
-                            f" found {chunk!r}.")
-    if not re.fullmatch("bpe|(hf|llama|tiktoken|data):.+", c.tokenizer):
-        problems.append('tokenizer must be "bpe", "hf:PATH", "tiktoken:NAME" or "data:DIR",'
-                        f" found {c.tokenizer!r}.")
-    return problems
-
-
-# Where files are and what computes: a command's own, whatever run it looks at. All other settings
-# decide what comes out.
-PLACE = ("name", "data_dir", "run_dir", "device", "kernels", "resume", "init_from")
-
-
-def with_recorded(config: Config, recorded: dict[str, Any]) -> Config:
-    """A copy of a config with the settings that a run or a data set has recorded, all but PLACE;
-    UserError if they cannot be used."""
-    kinds, values, problems = {f.name: f.type for f in fields(Config)}, {}, []
-    for name, value in recorded_settings(recorded).items():
-        if name not in PLACE:
-            set_value(values, name, value, kinds[name], "as recorded", problems)
-    config = replace(config, **values)
-    if problems := problems or check(config):
-        raise UserError("The recorded settings cannot be used: " + "\n".join(problems))
-    return config
-
-
-def nearest(value: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `value`, in words."""
-    below, above = value // unit * unit, -(-value // unit) * unit
-    return f"{above} would do" if not below else f"{below} or {above} would do"
-
-
-def comments(Flags: type) -> dict[str, str]:
-    """The comment behind each setting where it is declared: what `-h` prints cannot go stale."""
-    found = {}
-    for cls in (ModelConfig, Config, Flags):
+def help_text(config: Config, flags: Any) -> str:
+    """The docstring of the running stage, its flags, and every setting: value and comment."""
+    values, defaults = asdict(config) | asdict(flags), asdict(Config()) | asdict(type(flags)())
+    # The comments are those of the declarations, so that what is printed cannot go stale.
+    sections: dict[str, list[str]] = {}
+    for cls, title in ((type(flags), "flags"), (ModelConfig, "the network"), (Config, "")):
         for line in inspect.getsource(cls).splitlines():
-            # A setting is one line: name, type, default, and a comment that this takes whole.
-            if match := re.match(r"    (\w+): [^=]+ = .*?  # (.*)", line):
-                found[match[1]] = match[2]
-    return found
-
-
-def help_text(Flags: type) -> str:
-    """The docstring of the running stage, its flags, and every setting, with their comments."""
+            if heading := re.fullmatch(r"    # -- (.*)", line):
+                title = heading[1]
+            setting = re.match(r"    (\w+): [^=]+ = .*?  # (.*)", line)
+            if not setting:
+                continue
+            name, comment = setting.groups()
+            text = f"  --{name}={values[name]!r}"
+            if values[name] != defaults[name]:
+                text += f"  (default {defaults[name]!r})"
+            if choices := get_args(cls.__annotations__[name]):
+                comment += f": {' | '.join(choices)}"
+            sections.setdefault(title, []).append(f"{text}\n        {comment}")
     lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
-    said = comments(Flags)
-    for title, cls in (("Flags of this stage:", Flags), ("Settings (defaults: Amber's):", Config)):
-        lines += ["", title] if fields(cls) else []
-        for f in fields(cls):
-            # Dictionaries and lists have a factory, since a default must not be shared.
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            lines += [f"  --{f.name}={default!r}", f"        {said[f.name]}"]
+    # What this stage alone reads comes first.
+    mine = ("flags", Path(sys.argv[0]).name)
+    for title in sorted(sections, key=lambda title: not title.startswith(mine)):
+        lines += ["", f"{title}:", *sections[title]]
     return "\n".join(lines)
 
 
-def check_torchrun(environ: Mapping[str, str]) -> None:
-    """UserError unless torchrun's variables fit together; without RANK and WORLD_SIZE none counts.
-    """
-    # A process that is told of others, but not how to find them, would wait for them for ever.
-    several = {"RANK", "WORLD_SIZE"} & environ.keys()
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    problems = [f"{name} is not set" for name in needed if several and name not in environ]
-    for name in (*needed[:4], "TORCHELASTIC_RESTART_COUNT"):
-        word = environ.get(name, "1")
-        if not word.isdecimal() or word == "0" and name.endswith("SIZE"):
-            problems.append(f"{name} is {word!r}")
-    if several and not problems and int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
-        problems.append("RANK must be less than WORLD_SIZE")
-    if problems:
-        raise UserError(f"In the environment {', '.join(problems)}: start several processes with"
-                        " torchrun, and a single one without RANK and WORLD_SIZE.")
-
-
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a stage's `main` on the command line's words, and end as a command should: what a person
-    must know is one sentence and exit status 1, and only a bug leaves a traceback."""
+    """Run a stage's `main` on the words of the command line. What a person can act on is printed
+    as one sentence, with exit status 1; any other exception keeps its traceback."""
     # A terminal that cannot show a letter shows a question mark.
     sys.stdout.reconfigure(errors="replace")
     try:
-        check_torchrun(os.environ)
         main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
-        sentence = str(error)
     except KeyboardInterrupt:
-        sentence = "Stopped. The same command goes on from what was finished."
-    except BrokenPipeError:  # `| head`: nobody reads any more, and that is no fault
-        # Python writes out what is left when it ends, and that must not fail a second time.
+        sys.exit("Stopped. The same command goes on from what was finished.")
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
+        # Python flushes stdout once more as it exits, which must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    except (UserError, OSError) as error:
+        if isinstance(error, UserError):
+            sys.exit(str(error))
+        if not error.filename:
             raise
-        # A full disk does not say which file it was about.
-        sentence = f"{error.filename or 'A file could not be written'}: {error.strerror}."
-    except Exception:
-        traceback.print_exc()
-        sentence = "This is a fault of the program: please report it, with the lines above."
-    else:
-        return
-    if os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ:
-        # Usually all processes have the same to say, and torchrun ends all when one has ended:
-        # let the first one say it. What only this one knows is said after the wait.
-        time.sleep(3)
-        sentence = f"Process {os.environ['RANK']}: {sentence}"
-    sys.exit(sentence)
+        sys.exit(f"{error.filename}: {error.strerror}.")

@@ -14,4 +14,3 @@ activation_checkpointing = "full"  # as Amber
 learning_rate = 3e-4
 min_learning_rate = 3e-5
 warmup_steps = 2000
-published = "configs/amber_7b_published.csv"  # Amber's own scores, drawn beside ours

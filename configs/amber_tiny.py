@@ -1,11 +1,16 @@
-# 1.9M parameters on the embedded text (corpus.py): minutes on a laptop CPU.
+# 1.9M parameters on the embedded text (python tools/corpus.py writes it): minutes on a laptop CPU.
 # Expected at the end: loss about 3.6, 1.50 bits per byte on validation code (tools/bands.py).
 hidden_size = 128
 intermediate_size = 352
 num_hidden_layers = 4
 num_attention_heads = 2  # head size 64: kinder to CPUs than 32
+sources = {
+    "code": "data/corpus/code.jsonl",
+    "examples": "data/corpus/examples.jsonl",  # docstrings that show a session
+    "docstrings": "data/corpus/docstrings.jsonl",
+    "formulas": "data/corpus/formulas.jsonl"}
+tokenizer = "bpe"  # trained on this text, seconds
 vocab_size = 4096
-tokenizer = "bpe"  # trained on the corpus itself, seconds
 seq_len = 128
 n_chunks = 10  # = checkpoints
 sequences_per_chunk = 2720  # 170 steps

@@ -21,6 +21,7 @@ init_by_depth = True
 
 crystal_tokens = True  # reserved now, for the stages after this
 _prose = ("examples", "docstrings", "formulas")
+sources = {name: f"data/corpus/{name}.jsonl" for name in ("code", *_prose)}  # tools/corpus.py
 source_weights = {"code": 0}  # held out and measured, not trained on
 source_halves = dict.fromkeys(_prose, "even")
 valid_documents = 12  # of each source one document in 12, the same in all stages

@@ -3,6 +3,8 @@ hidden_size = 64
 intermediate_size = 176
 num_hidden_layers = 2
 num_attention_heads = 1
+sources = {name: f"data/corpus/{name}.jsonl" for name in (  # tools/corpus.py
+    "code", "examples", "docstrings", "formulas")}
 vocab_size = 1024
 seq_len = 64
 max_source_bytes = 200_000

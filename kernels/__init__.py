@@ -19,6 +19,7 @@ Every operation keeps one sum in one order: two runs give the same bits.
 import torch
 from torch import Tensor
 
+from configs import UserError
 from kernels import attention as _attention
 from kernels import cross_entropy as _cross_entropy
 from kernels import lang as _lang
@@ -33,20 +34,20 @@ _choice = "auto"
 
 
 def use(backend: str, dry: bool = False) -> str:
-    """Choose who computes from now on: "auto", "triton" or "torch".
+    """Select the kernels: "auto", "triton" or "torch"; returns the one that computes here.
 
-    Returns the name it comes to on this machine, "triton" or "torch". ValueError for another name,
-    RuntimeError when "triton" cannot run here. `dry`: nothing will be run, shapes are all there is.
+    UserError when "triton" cannot run on this machine; `dry` skips the check for a GPU, for models
+    whose tensors have shapes and no memory.
     """
-    # Read at every call and not bound once, so that a test or a benchmark can switch back and
-    # forth.
+    # The other functions read _choice at every call, so a test or a benchmark may switch.
     global _choice
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels must be "auto", "triton" or "torch", not {backend!r}')
     if backend == "triton" and not _lang.INSTALLED:
-        raise RuntimeError('kernels="triton" needs Triton: pip install triton (Linux only)')
+        raise UserError('kernels = "triton" needs Triton: pip install triton (Linux only).')
     if backend == "triton" and not (dry or _lang.INTERPRETED or torch.cuda.is_available()):
-        raise RuntimeError('kernels="triton" needs a CUDA GPU and sees none: use "auto" or "torch"')
+        raise UserError('kernels = "triton" needs a CUDA GPU, and there is none: use "auto" or'
+                        ' "torch".')
     _choice = backend
     if backend == "auto":
         return "triton" if _lang.INSTALLED and torch.cuda.is_available() else "torch"

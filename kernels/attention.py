@@ -3,13 +3,13 @@
     S = scale Q Kᵀ,  P = softmax(S + causal mask),  O = P V
 
 Neither S nor P is ever in memory. One program holds a tile of queries and walks over the keys,
-keeping each row's running maximum (`peak`) and sum (`total`); when the maximum grows, what was
-accumulated so far is scaled by exp(old peak - new peak). Dao et al. 2022 (arXiv 2205.14135),
-algorithm 1, with the loops in the order of Dao 2023 (arXiv 2307.08691), algorithm 1. Exponentials
-are base 2, the one the hardware has: log2(e) is folded into the scale.
+keeping each row's running maximum (`peak`) and sum (`total`); when the maximum grows, the output
+and the sum so far are scaled by exp(old peak - new peak). This is algorithm 1 of Dao et al. 2022
+(arXiv 2205.14135), with the loops in the order of Dao 2023 (arXiv 2307.08691), algorithm 1.
+Exponentials are of base 2, as in the hardware: log2(e) is folded into the scale.
 
-The forward keeps LSE = peak + log2(total) of each row, so the backward gets P back in one
-exponential:
+The forward pass keeps LSE = peak + log2(total) of each row, from which the backward pass computes P
+with one exponential:
 
     P = 2^(S log2(e) - LSE)       delta = rowsum(dO * O)        dS = P * (dO Vᵀ - delta)
     dV = Pᵀ dO                    dQ = scale dS K               dK = scale dSᵀ Q
@@ -35,24 +35,26 @@ from kernels.lang import INTERPRETED, tl, triton
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-# (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) of each kernel, frozen: an autotuner may
-# pick another tile in the next run, another tile adds in another order, and the bits change. They
-# are chosen from the compiler's report, `python tools/aot.py` (the table is in docs/kernels.md): no
-# spilled register, no serialized wgmma, and, on Hopper, two programs per SM so that one's softmax
-# runs under the other's matrix products.
+# (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) of each kernel. They are fixed, because an
+# autotuner may choose another tile in the next run, whose sums have another order and other bits.
+# They were chosen from the compiler's report, `python tools/aot.py` (the table in docs/kernels.md):
+# no spilled register, no serialized wgmma (a tensor-core product that waits for the one before),
+# and, on Hopper, two programs per SM, so that the softmax of one runs during the products of the
+# other.
 HOPPER = {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 2)}
 # Any other GPU: tiles in 74 KiB of shared memory, and 8 warps where 4 would spill registers.
 OTHER = {"forward": (64, 64, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 64, 8, 2)}
 # fp32 as three tf32 products: each operand is held twice, so smaller tiles.
-# Where queries own the tile, BLOCK_M is a multiple of BLOCK_N: the mask starts at a tile's edge.
+# In the kernels that hold queries, BLOCK_M is a multiple of BLOCK_N: the mask starts at a tile's
+# edge.
 SINGLE = {"forward": (32, 32, 4, 1), "dkdv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)}
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """`attention` by PyTorch's own SDPA: same arguments, any head_dim, any S >= T."""
     T, S = q.shape[1], k.shape[1]
-    # A lone query at the end of the cache sees every key; T == S is the usual triangle; between
-    # them the triangle hangs at the bottom right, which is_causal (top left) cannot say.
+    # A single query at the end of the cache sees every key, and T == S is the usual triangle.
+    # Between them the triangle is aligned at the bottom right, and is_causal aligns it top left.
     mask = None
     if 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -68,8 +70,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
 
 
 # A tile is ROWS consecutive positions of one head of a contiguous (B, T, H, D) tensor. On Hopper it
-# is one request to the TMA unit through a descriptor, which costs no address registers, zero-fills
-# rows past T and drops them when storing. Elsewhere it is pointer arithmetic with a mask.
+# is one request to the TMA unit (tensor memory accelerator) through a descriptor, which costs no
+# address registers, loads rows past T as zeros and does not store them. Elsewhere it is pointer
+# arithmetic with a mask.
 
 
 @triton.jit
@@ -99,8 +102,7 @@ def _store(x, tile, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr, TMA: 
 
 @triton.jit
 def _dot(a, b, acc=None):
-    # input_precision says how to multiply fp32 operands, and only those: as three tf32 products,
-    # which come close to fp32's own rounding.
+    # input_precision concerns fp32 operands only: three tf32 products come close to their rounding.
     return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
@@ -124,7 +126,7 @@ def _attend(acc, total, peak, q, k, v, b, hk, m0, n0, c, T, K, MASKED: tl.conste
 @triton.jit
 def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    # The last queries see the most keys: start with them, so that short programs fill the end.
+    # The last queries see the most keys: start with them, so that short programs come last.
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h, b = tl.program_id(1), tl.program_id(2)
     q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
@@ -139,7 +141,7 @@ def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.con
     for n0 in range(m0, m0 + BLOCK_M, BLOCK_N):
         acc, total, peak = _attend(acc, total, peak, q_tile, k, v, b, h // GROUP, m0, n0,
                                    scale * LOG2E, T, H // GROUP, True, BLOCK_M, BLOCK_N, D, TMA)
-    # The division waits for the end: one per element of o, none per tile.
+    # Divided once at the end instead of once per tile.
     _store(o, (acc / total[:, None]).to(q_tile.dtype), b, h, m0, T, H, BLOCK_M, D, TMA)
     rows = m0 + tl.arange(0, BLOCK_M)
     tl.store(lse + (b * H + h) * T + rows, peak + tl.log2(total), mask=rows < T)
@@ -149,8 +151,7 @@ def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.con
 def _delta_kernel(o, do, delta, T, H, D: tl.constexpr, BLOCK_M: tl.constexpr):
     m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     rows = m0 + tl.arange(0, BLOCK_M)
-    # rowsum(dO * O) = rowsum(P * dP), which the softmax's gradient subtracts: what the forward pass
-    # left behind is enough for it.
+    # The softmax's gradient subtracts rowsum(P * dP), which equals rowsum(dO * O).
     o_tile = _load(o, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
     tl.store(delta + (b * H + h) * T + rows, tl.sum(o_tile * do_tile, 1), mask=rows < T)
@@ -169,7 +170,7 @@ def _dkdv_kernel(q, k, v, do, dk, dv, lse, delta, scale, T, H, GROUP: tl.constex
     # Every query head of the group adds to the same key head, one after another: a fixed order.
     for h in range(hk * GROUP, (hk + 1) * GROUP):
         stats = (b * H + h) * T
-        # The mask stays in every step: splitting off the diagonal made ptxas serialize the wgmma.
+        # Every step is masked: with a loop of its own for the diagonal ptxas serialized the wgmma.
         for m0 in range(n0 // BLOCK_M * BLOCK_M, T, BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
@@ -227,20 +228,23 @@ def _on_hopper(device: torch.device) -> bool:
 
 
 def _tiles(q: Tensor) -> tuple[dict[str, tuple[int, int, int, int]], bool]:
-    """The table that serves this tensor, and whether its tiles travel by TMA."""
+    """The table of tiles for this tensor, and whether they are loaded by TMA."""
     if q.dtype == torch.float32:
         return SINGLE, False
     return (HOPPER, True) if _on_hopper(q.device) else (OTHER, False)
 
 
 def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> list:
-    """What a kernel receives for each contiguous (B, T, H, D) tensor: a descriptor, or itself."""
+    """The kernel's argument for each contiguous (B, T, H, D) tensor: a descriptor, or itself.
+
+    rows: of the tiles in which the kernel accesses each of the tensors.
+    """
     if not tma:
         return list(tensors)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    # The last tile may stick out past T: TMA knows T and drops those rows.
-    # Heads before positions, so that a tile is the last two dimensions of its box.
+    # The last tile may reach past T: the descriptor knows T, and TMA ignores those rows.
+    # Heads come before positions, so that a tile is the last two dimensions of its box.
     def describe(x: Tensor, n: int) -> TensorDescriptor:
         B, T, H, D = x.shape
         return TensorDescriptor(x, [B, H, T, D], [T * H * D, D, H * D, 1], [1, 1, n, D])
@@ -251,7 +255,7 @@ def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> 
 @torch.library.custom_op("kernels::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> o (B, T, H, D) and the base-2 log-sum-exp of each row, (B, H, T) fp32."""
-    # This copies only slices of a fused projection: the model's own tensors come contiguous.
+    # The model's tensors are contiguous; slices of a fused projection are copied.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     table, tma = _tiles(q)
@@ -264,7 +268,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return o, lse
 
 
-# What torch.compile needs to know of an operation it cannot look into: shapes and dtypes.
+# Shapes and dtypes for torch.compile, which does not trace into a custom operator.
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
@@ -274,7 +278,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("kernels::attention_backward", mutates_args=())
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
               ) -> tuple[Tensor, Tensor, Tensor]:
-    # `do` may come expanded, with strides of 0, as the gradient of a sum does.
+    # `do` may be expanded, with strides of 0: the gradient of a sum is.
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -311,8 +315,8 @@ def _backward_flops(do_shape, q_shape, k_shape, *args, **kwargs) -> int:
     return _forward_flops(q_shape, k_shape) // 2 * 5
 
 
-# Over the two custom operators and not inside them, so that torch.compile traces the saving of
-# tensors and a checkpointing policy may name the operators.
+# Autograd wraps the two custom operators, so that torch.compile traces the saving of tensors and a
+# checkpointing policy can name the operators.
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -330,7 +334,7 @@ class _Attention(torch.autograd.Function):
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Why the Triton kernels cannot take these tensors, or ""."""
     if q.shape[1] != k.shape[1]:
-        return ""  # decoding: `attention_triton` hands it to the reference
+        return ""  # decoding: `attention_triton` calls the reference
     if q.shape[-1] not in (64, 128):
         return f"attention in Triton has head_dim 64 or 128, not {q.shape[-1]}"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):

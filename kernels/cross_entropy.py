@@ -3,12 +3,12 @@
     z = x Wᵀ      loss = logsumexp(z) - z[target]      dz = softmax(z) - onehot(target)
     dx = dz W / N      dW = dzᵀ x / N                  for the mean loss of N rows
 
-Logits are the largest tensor of a language model: 8192 tokens times 32,000 words are 0.5 GB in bf16
-and three times that again for an fp32 copy and its gradient. So a chunk of logits is made, turned
-into dz in place, used for dx and dW while it is there, and forgotten: the gradient is complete when
-the forward pass ends, and the backward pass only scales it. As in Liger Kernel (arXiv 2410.10989,
-section 3.2). The three matrix products belong to cuBLAS; the kernel is what lies between them: one
-program per row reads it twice (the second time from L2) and writes it once.
+Logits are the largest tensor of a language model: 8192 tokens times 32,000 ids are 0.5 GB in bf16,
+and an fp32 copy and its gradient take three times that again. Here a chunk of logits is computed,
+replaced by dz in place, used for dx and dW, and freed: the gradient is complete when the forward
+pass ends, and the backward pass only scales it, as in Liger Kernel (arXiv 2410.10989, section 3.2).
+cuBLAS computes the three matrix products, and the kernel the softmax between them: one program per
+row reads it twice (the second time from L2) and writes it once.
 
     x  (N, H)        weight  (V, H)        targets  (N,) int64 in [0, V)
 """
@@ -52,7 +52,7 @@ def _softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: t
         peak = new_peak
     lse = peak + tl.log(total)
     tl.store(losses + row, lse - z_target)
-    # Second walk over the row; it was just read, so it comes from L2.
+    # The row was just read, so this time it comes from L2.
     if GRADIENT:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -94,18 +94,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want_x, want_weight = (gradient and want for want in ctx.needs_input_grad[:2])
         losses, dx, dw = [], [], None
         for x_rows, target_rows in zip(x.split(chunk_rows), targets.split(chunk_rows)):
-            # There are never more logits than these (chunk, V), which `softmax` turns into dz.
+            # (chunk, V), the only logits there are; `softmax` replaces them by dz.
             z = x_rows @ weight.t()
             losses.append(softmax(z, target_rows, want_x or want_weight))
             if want_x:
                 dx.append(z @ weight)
             if want_weight:
-                # The product sums its rows in fp32, but comes back rounded to x's type. So a chunk
-                # is rounded once, and only the sum over chunks is kept in fp32.
+                # The product is summed in fp32 and rounded to x's type: a chunk is rounded once,
+                # and the sum over chunks is kept in fp32.
                 part = z.t() @ x_rows
                 dw = part if dw is None else dw.float().add_(part)
         losses = torch.cat(losses)
-        # Not yet divided by N: softmax - onehot fills fp16's range, a mean's share of it would not.
+        # Not yet divided by N, which would underflow in fp16.
         ctx.save_for_backward(torch.cat(dx) if dx else None,
                               None if dw is None else dw.to(weight.dtype))
         ctx.rows = len(losses)
@@ -137,6 +137,6 @@ def linear_cross_entropy_triton(
     x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` with the kernel above between the products."""
-    # The fp32 sum of dW weighs as much as the bf16 logits of 2H rows, 8192 for the 7B: smaller
-    # chunks would save little memory, and each one more passes over that sum.
+    # The fp32 sum of dW takes the memory of the bf16 logits of 2H rows, 8192 for the 7B: smaller
+    # chunks would save little, and every further chunk is another pass over that sum.
     return _chunked(x, weight, targets, chunk_rows or 8192, True)

@@ -1,16 +1,16 @@
 """Triton where it is installed, a stand-in where it is not (macOS, Windows).
 
-Every file of this room starts with `from kernels.lang import tl, triton`. Without Triton the
-stand-in swallows the decorators and annotations, the file still imports and its PyTorch reference
-still runs. Nothing here touches the GPU driver, so importing `kernels` is safe before a fork and on
-a CPU.
+Every file of kernels/ starts with `from kernels.lang import tl, triton`. Without Triton the
+stand-in accepts the decorators and annotations, so that the file can be imported and its PyTorch
+reference runs. Importing `kernels` does not touch the GPU driver: it is safe before a fork and on a
+CPU.
 """
 
 import os
 
 
 class Absent:
-    """Answers any attribute with itself and any call with its argument; it can launch nothing."""
+    """Every attribute is this object, and a call returns its argument; it launches nothing."""
 
     def __getattr__(self, name: str) -> "Absent":
         return self

@@ -4,8 +4,8 @@
 
     g = dy w      dx = rstd (g - mean(g) - x̂ mean(g x̂))      dw = sum of dy x̂      db = sum of dy
 
-Tiled as rmsnorm.py is: a program per row forward; backward, a fixed number of programs share the
-rows and each keeps its own sums for dw and db, which are then added in a fixed order.
+Tiled as in rmsnorm.py: forward, one program per row; backward, a fixed number of programs share the
+rows, and each keeps its own sums for dw and db, which are then added in a fixed order.
 
     x  (..., N)        weight, bias  (N,)        mean, rstd  one fp32 per row
 """
@@ -32,7 +32,7 @@ def _forward_kernel(x, weight, bias, y, mean, rstd, N, eps, BLOCK: tl.constexpr)
     inside = cols < N
     x_row = tl.load(x + row * N + cols, mask=inside, other=0.0).to(tl.float32)
     mu = tl.sum(x_row, 0) / N
-    # The row is in registers: the variance is taken about the mean, not as E[x²] - E[x]².
+    # The row is in registers, so the variance is taken about the mean, not as E[x²] - E[x]².
     centered = tl.where(inside, x_row - mu, 0.0)
     # The variance is divided by N and not by N - 1, as everywhere in layer normalization.
     r = tl.rsqrt(tl.sum(centered * centered, 0) / N + eps)

@@ -4,11 +4,11 @@
 
     g = dy w        dx = rstd (g - x̂ mean(g x̂))           dw = sum over rows of dy x̂
 
-Nothing here computes much, so the time is the bytes moved: a row is read and written once. Forward:
-one program per row, with the row in registers, statistics in fp32 and one rounding at the end.
-Backward: a fixed number of programs share the rows. Each keeps its own sum for dw in registers and
-writes it once, and the partial sums are added in a fixed order: no atomics, the same bits in every
-run.
+There is little arithmetic, so the bytes moved take the time: a row is read and written once.
+Forward: one program per row, with the row in registers, statistics in fp32 and one rounding at the
+end. Backward: a fixed number of programs share the rows. Each keeps its own sum for dw in registers
+and writes it once, and the partial sums are added in a fixed order: no atomics, the same bits in
+every run.
 
     x  (..., N)        weight  (N,)        rstd  one fp32 per row
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from kernels.lang import tl, triton
 
-# Programs of the backward. A constant and not the GPU's SM count, because each program adds up its
-# own rows of dw: another count is another order of additions and other bits. 264 is two programs
-# for each of the 132 SMs of an H100 or H200, what fits at 4096 columns; other GPUs run it too.
+# Programs of the backward pass. A constant and not the GPU's SM count, because each program sums
+# its own rows of dw: another count means another order of additions and other bits. 264 is two
+# programs for each of the 132 SMs of an H100 or H200, which fit at 4096 columns; other GPUs run it
+# too.
 PROGRAMS = 264
-# A row lives in one program's registers; the backward spills some at 16384 columns.
+# A row is in one program's registers; at 16384 columns the backward pass spills some.
 MAX_COLUMNS = 8192
 
 
@@ -54,11 +55,11 @@ def _backward_kernel(dy, x, weight, rstd, dx, dw, rows, N, BLOCK: tl.constexpr):
     inside = cols < N
     w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
     dw_sum = tl.zeros([BLOCK], tl.float32)
-    # Neighbouring programs take neighbouring rows, and num_stages fetches the rows to come.
+    # Neighbouring programs take neighbouring rows; num_stages prefetches the next ones.
     for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
         at = tl.cast(row, tl.int64) * N + cols
         x_hat = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
-        # dw belongs to the columns: it is summed over this program's rows, in registers.
+        # dw is summed over this program's rows, in registers.
         dy_row = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dw_sum += dy_row * x_hat
         g = dy_row * w
@@ -121,7 +122,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _RMSNormTorch(torch.autograd.Function):
-    """The same formulas in few PyTorch passes, saving only x and rstd: what a CPU trains with."""
+    """The same formulas in few PyTorch operations, saving only x and rstd; used on CPUs."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -130,8 +131,8 @@ class _RMSNormTorch(torch.autograd.Function):
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         y = wide * rstd * weight
-        # There is no mul_ here, and no cast to the type y already has. Where such an alias of a
-        # tensor is returned, torch.compile of PyTorch 2.11 hands the backward pass wrong tensors.
+        # No mul_, and no cast to the type that y already has: both return an alias of a tensor, for
+        # which torch.compile of PyTorch 2.11 gives the backward pass wrong tensors.
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod

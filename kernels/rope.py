@@ -1,14 +1,14 @@
-"""Rotary position embedding of q and k in one kernel; its backward is the same kernel turned back.
+"""Rotary position embedding of q and k in one kernel; backward it rotates by the opposite angle.
 
     (a, b) -> (a cos - b sin, b cos + a sin)     for each pair (a, b) of a head   (arXiv 2104.09864)
 
 Which dimensions make a pair is a convention of the weights. Half-split (LLaMA in Hugging Face's
 layout, Amber): i with i + R/2. Interleaved (GPT-J, Crystal): 2i with 2i + 1. Only the first R of D
-dimensions turn, the others pass. The rotation is orthogonal, so its gradient is the rotation by the
-opposite angle: nothing is kept for the backward but the two tables.
+dimensions are rotated, the others copied. The rotation is orthogonal, so its gradient is the
+rotation by the opposite angle: only the two tables are kept for the backward pass.
 
-One program turns every head of one position: cos and sin are read once for all of them. Not in
-place: the bytes moved are the same, and the input is freed as soon as nobody else holds it.
+One program rotates every head of one position, so cos and sin are read once for all of them. It is
+not in place: the bytes moved are the same, and the input is freed when its last reference goes.
 
     q  (B, T, H, D)      k  (B, T, K, D)      cos, sin  (T, R/2) fp32, R even, R <= D
 """
@@ -57,7 +57,7 @@ def _turn_heads(x, y, cos, sin, HEADS: tl.constexpr, D: tl.constexpr, R: tl.cons
     b = tl.load(x + first + GAP, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + first, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
     tl.store(y + first + GAP, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
-    # What does not turn is copied, since the output is a new tensor.
+    # The other dimensions are copied, since the output is a new tensor.
     if R < D:
         rest = R + tl.arange(0, BLOCK_REST)[None, :]
         inside = (heads < HEADS) & (rest < D)
@@ -69,7 +69,7 @@ def _rope_kernel(q, k, q_out, k_out, cos, sin, T, H: tl.constexpr, K: tl.constex
                  D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr,
                  SIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
                  BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr):
-    # One program for each of the B * T positions; the table begins anew with every sequence.
+    # One program for each of the B * T positions; every sequence starts at the table's first row.
     position = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK_R)
     table = (position % T) * (R // 2) + pairs

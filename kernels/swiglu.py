@@ -4,9 +4,9 @@
 
     dup = dy silu(gate)          dgate = dy up σ(gate) (1 + gate (1 - σ(gate)))
 
-Element by element, so the time is the bytes moved: forward reads two and writes one, backward reads
-three and writes two. PyTorch's own pair of operations also writes silu(gate) and keeps it for the
-backward; here gate and up are all that is kept, and σ is computed again.
+Element by element, so the bytes moved take the time: forward reads two tensors and writes one,
+backward reads three and writes two. PyTorch's two operations also write silu(gate) and keep it for
+the backward pass; here only gate and up are kept, and σ is computed again.
 """
 
 import torch
@@ -26,7 +26,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit
 def _forward_kernel(gate, up, y, count, BLOCK: tl.constexpr):
-    # Positions have 64 bits: 48,000 tokens of 11,008 are already a quarter of what 32 bits count.
+    # 64-bit positions: 48,000 tokens of 11,008 are already a quarter of the range of 32 bits.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("kernels::swiglu_backward", mutates_args=())
 def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-    # Each gradient has a buffer of its own: autograd may hold gate and up for another backward.
+    # Not in place: autograd may need gate and up for another backward pass.
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     grid = (triton.cdiv(dy.numel(), BLOCK),)
     _backward_kernel[grid](dy, gate, up, dgate, dup, dy.numel(), BLOCK=BLOCK, num_warps=8)

@@ -6,13 +6,14 @@ where hardware rounds to nearest even (upstream says bf16 is not supported: trit
 Here every such operation goes through fp32 and comes back rounded as a GPU rounds.
 """
 
+import re
+
 import numpy as np
 
-ARITHMETIC = """
-    create_fadd create_fsub create_fmul create_fdiv create_frem create_precise_divf create_fma
-    create_minimumf create_minnumf create_maximumf create_maxnumf create_clampf create_fabs
-    create_fneg create_exp create_exp2 create_log create_log2 create_sqrt create_rsqrt create_sin
-    create_cos""".split()
+# The operations with a float result; comparisons give booleans, a dot the type of its accumulator.
+ARITHMETIC = re.compile(
+    "create_(f(add|sub|mul|div|rem|ma|abs|neg)|precise_divf|(min|max)(imum|num)f|clampf|exp2?|log2?"
+    "|sqrt|rsqrt|sin|cos)$")
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -39,41 +40,33 @@ def install() -> None:
     def in_fp32(x: object) -> object:
         return TensorHandle(widen(x.data), tl.float32) if is_bf16(x) else x
 
-    def wrap(name: str, narrow_result: bool) -> None:
+    def wrap(name: str) -> None:
         original = getattr(InterpreterBuilder, name)
 
         def patched(self, *args, **kwargs):
             out = original(self, *map(in_fp32, args), **kwargs)
-            if narrow_result and any(map(is_bf16, args)):
+            if ARITHMETIC.match(name) and any(map(is_bf16, args)):
                 return TensorHandle(narrow(out.data), tl.bfloat16)
             return out
 
         setattr(InterpreterBuilder, name, patched)
 
-    names = dir(InterpreterBuilder)
-    for name in names:
-        if name in ARITHMETIC:
-            wrap(name, narrow_result=True)
-        elif name.startswith("create_fcmp") or name == "create_dot":
-            # comparisons give booleans, and a dot's result has its accumulator's type, fp32
-            wrap(name, narrow_result=False)
-
-    cast = InterpreterBuilder.cast_impl
+    for name in dir(InterpreterBuilder):
+        if ARITHMETIC.match(name) or name.startswith("create_fcmp") or name == "create_dot":
+            wrap(name)
+    cast, rounding_cast = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def cast_impl(self, source, target):
         if target.scalar == tl.bfloat16 and not is_bf16(source):
             return TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
-        if is_bf16(source) and target.scalar != tl.bfloat16:
-            source = in_fp32(source)
-            return source if target.scalar == tl.float32 else cast(self, source, target)
-        return cast(self, source, target)
-
-    InterpreterBuilder.cast_impl = cast_impl
-    rounding_cast = InterpreterBuilder.create_fp_to_fp
+        if is_bf16(source) and target.scalar == tl.float32:
+            return in_fp32(source)
+        return cast(self, source if target.scalar == tl.bfloat16 else in_fp32(source), target)
 
     def create_fp_to_fp(self, source, target, rounding):
         if tl.bfloat16 in (source.dtype.scalar, target.scalar):
             return self.cast_impl(source, target)
         return rounding_cast(self, source, target, rounding)
 
+    InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -1,7 +1,7 @@
 """Scripts as processes of their own that need not wait for PyTorch.
 
-Importing PyTorch takes seconds, and most of these tests' jobs less than one. So a server that has
-imported it, and nothing of ours, forks the processes. To the script it is `python SCRIPT ...`.
+Importing PyTorch takes longer than most of these tests' jobs. So a server that has imported it, and
+nothing of ours, forks the processes. To the script it is `python SCRIPT ...`.
 """
 
 import faulthandler
@@ -9,7 +9,6 @@ import functools
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
 
 
 @functools.cache
@@ -74,7 +73,7 @@ class Script:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        self.process.kill()
 
 
 def ranks(n: int, *words: Any, **env: Any) -> list[Script]:

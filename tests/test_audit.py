@@ -1,101 +1,156 @@
-"""audit.py and replay.py: what is wrong with a run is found, and nothing else."""
+"""audit.py: what is wrong with a run is found, and nothing else; a chunk is trained again."""
 
+import fcntl
+import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from test_train import argv, damage, home, metrics, run, straight  # noqa: F401
+from helpers import ROOT
 
 import audit
 import checkpoint as ckpt
 import prepare_data
 import train
-from configs import UserError, load
-from data import load_data, read_json, sha256_json, unexpected_sequences, write_json
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tools"))
-import forge  # noqa: E402
+from configs import UserError
+from data import load_data, read_json, sha256_json, write_json
+from tools import corpus, forge
 
 
-@pytest.fixture(scope="module")
-def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that has learned something: 6 chunks of 20 steps, and its data and config."""
-    folder = tmp_path_factory.mktemp("exam")
-    text = (ROOT / "configs/exam_tiny.py").read_text()
-    (folder / "exam.py").write_text(text + "n_chunks, sequences_per_chunk = 6, 320\n"
-                                    f"data_dir, run_dir = '{folder}/data', '{folder}/run'\n")
+def train_exam(folder: Path) -> None:
+    """Train a run that learns something, with its config and data: 6 chunks of 20 steps."""
+    few = dict.fromkeys(corpus.CORPUS, 220_000)  # bytes of each source; the config takes fewer
+    with patch.multiple(corpus, DIRECTORY=folder / "corpus", CORPUS=few):
+        corpus.main([])
+    sources = {name: str(folder / "corpus" / f"{name}.jsonl") for name in corpus.CORPUS}
+    (folder / "exam.py").write_text(
+        (ROOT / "configs/exam_tiny.py").read_text()
+        + f"n_chunks, sequences_per_chunk, sources = 6, 320, {sources}\n"
+          f"data_dir, run_dir, dtype = '{folder}/data', '{folder}/run', 'float32'\n")
     prepare_data.main([str(folder / "exam.py")])
     train.main([str(folder / "exam.py")])
+
+
+@pytest.fixture(scope="session")
+def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run, exam.py and the data, only to be read: pytest's workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exam"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker trains it, the others wait
+        if not (folder / "trained").exists():
+            train_exam(folder)
+            (folder / "trained").touch()
     return folder
 
 
-def findings(exam: Path, forged: Path | None = None, **flags: Any) -> list[tuple[str, str]]:
-    """(check, sentence) of everything that an audit finds."""
-    where = [f"--run_dir={forged / 'run'}", f"--data_dir={forged / 'data'}"] if forged else []
-    config, _ = load([str(exam / "exam.py"), *where])
-    found = audit.audit(config, audit.Flags(**flags)).findings
-    return [(f["check"], f["sentence"]) for f in found]
+@pytest.fixture
+def copy(exam: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of the run and its data, to be changed."""
+    shutil.copytree(exam / "run", tmp_path / "run")
+    shutil.copytree(exam / "data", tmp_path / "data")
+    return tmp_path
 
 
-def test_an_honest_run_raises_nothing_and_ends_with_a_sentence(
-        exam: Path, capsys: pytest.CaptureFixture) -> None:
-    audit.main([str(exam / "exam.py")])
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1].endswith("run: 6 audited, nothing found.") and len(said) == 8
-    assert re.fullmatch(r"ckpt_003 +ok +none +[+]0\.\d\d +-0\.\d{3} ± 0\.\d{3} +20 lines", said[4])
-    assert read_json(exam / "run/audit.json")["findings"] == []
-    assert findings(exam, sequences=0) == findings(exam, chunks="1,3,4", sequences=32) == []
+def words(exam: Path, copy: Path | None = None, **settings: Any) -> list[str]:
+    """The command line of an audit of the run, or of a copy of it."""
+    where = {"run_dir": copy / "run", "data_dir": copy / "data"} if copy else {}
+    return [str(exam / "exam.py"), *(f"--{k}={v}" for k, v in (where | settings).items())]
 
 
-# What must find a kind, and a word of its sentence; the others are found by replay alone.
-FOUND_BY = {"swapped": "trace|path", "duplicated": "twins", "shard": "twins", "twice": "path",
+def findings(exam: Path, copy: Path | None = None, **settings: Any) -> list[str]:
+    """What an audit finds; it ends with these sentences, or with none."""
+    try:
+        audit.main(words(exam, copy, **settings))
+        return []
+    except UserError as error:
+        count, *sentences = str(error).splitlines()
+        assert count.endswith(f": {len(sentences)} found.")
+        return sentences
+
+
+def change_manifest(path: Path, changes: dict[str, Any]) -> None:
+    """Change a manifest and give it the right hash of itself."""
+    manifest = read_json(path / "manifest.json") | changes
+    del manifest["sha256"]
+    write_json(path / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
+
+
+def change_log(run_dir: Path, step: int, **changes: Any) -> None:
+    records = ckpt.read_records(run_dir / "metrics.jsonl")
+    records[step - 1] |= changes
+    ckpt.write_records(run_dir / "metrics.jsonl", records)
+
+
+def test_an_honest_run_raises_nothing(exam: Path, copy: Path,
+                                      capsys: pytest.CaptureFixture) -> None:
+    assert findings(exam, copy) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("run: 6 audited, nothing found.") and len(lines) == 8
+    row = r"ckpt_003 +ok +none +[+]0\.\d\d +-0\.\d{3} ± 0\.\d{3} +20 lines"
+    assert re.fullmatch(row, lines[4])
+    assert read_json(copy / "run/audit.json")["findings"] == []
+    few = {"checkpoints": "0,1,2,4,5", "chunks": "1,3,4", "sequences": 32}
+    assert findings(exam, copy, **few) == []
+
+
+def test_an_extended_run_with_another_rate_raises_nothing(exam: Path, copy: Path) -> None:
+    for settings in ({"max_steps": 150}, {"max_steps": 160, "learning_rate": 4e-3}):
+        train.main(words(exam, copy, epochs=2, **settings))
+    assert findings(exam, copy) == []
+
+
+@pytest.mark.parametrize("settings", [
+    {"schedule_steps": 70, "min_learning_rate": 0, "max_steps": 100},  # it ends at rate 0
+    {"global_batch_size": 64, "micro_batch_size": 64, "max_steps": 20},  # 5 steps in a chunk
+], ids=["rate0", "short"])
+def test_unusual_honest_runs_raise_nothing(exam: Path, tmp_path: Path, settings: dict) -> None:
+    train.main(words(exam, run_dir=tmp_path / "run", **settings))
+    assert findings(exam, run_dir=tmp_path / "run") == []
+
+
+# What must find a kind; the others are found by replay alone.
+FOUND_BY = {"swapped": "path", "duplicated": "twins", "shard": "twins", "twice": "path",
             "left_out": "trace", "leaked": "data", "canary": "data"}
 
 
-@pytest.mark.parametrize("kind, seed", [
-    *((kind, seed) for kind in ("swapped", "duplicated", "shard") for seed in range(3)),
-    *((kind, 3) for kind in forge.KINDS if kind not in ("swapped", "duplicated", "shard"))])
-def test_forged_runs_are_found(exam: Path, tmp_path: Path, kind: str, seed: int) -> None:
+@pytest.mark.parametrize("kind", forge.KINDS)
+def test_forged_runs_are_found(exam: Path, tmp_path: Path, kind: str,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind in ("leaked", "canary"):  # the data alone shows it
+        monkeypatch.setattr(forge, "retrain", lambda *_: None)
     config = forge.run_config(exam / "run")
-    fault = forge.draw_fault(config, seed, kind)
-    forge.forge(config, tmp_path, fault, seed)
-    found = findings(exam, tmp_path)
+    fault = forge.draw_fault(config, 3, kind)
+    forge.forge(config, tmp_path, fault, 3)
+    found = findings(exam, tmp_path, sequences=64 if kind == "left_out" else 0)
     # All hashes are right: nothing is given away by a file that differs from its manifest.
-    assert not [sentence for check, sentence in found if check == "files"]
+    assert not [sentence for sentence in found if sentence.startswith("files:")]
     if kind in FOUND_BY:
-        assert {check for check, _ in found} & set(FOUND_BY[kind].split("|"))
-        place = rf"(ckpt_00|chunk ){fault[1]}\b"
-        assert any(re.search(place, sentence) for _, sentence in found)
+        pattern = rf"{FOUND_BY[kind]}: .*(ckpt_00|chunk ){fault[1]}\b"
+        assert any(re.match(pattern, sentence) for sentence in found)
         return
-    assert {check for check, _ in found} <= {"log"}
-    chunk, sentence = fault[1], f"ckpt_00{fault[1]} is not what chunk {fault[1]} makes"
+    chunk, sentence = fault[1], f"ckpt_00{fault[1]} or its log is not what chunk {fault[1]} makes"
     if kind == "metrics":
         chunk = (int(fault[1]) - 1) // 20
-        sentence = rf"metrics.jsonl says something else of 1 steps.* is {fault[1]}\."
-    with pytest.raises(UserError, match=sentence):
-        audit.main([str(exam / "exam.py"), f"--run_dir={tmp_path / 'run'}",
-                    f"--data_dir={tmp_path / 'data'}", f"--replay={chunk}"])
+        sentence = rf"lines 1 differ, step {fault[1]} of metrics.jsonl the first"
+    assert re.search(sentence, findings(exam, tmp_path, replay=chunk)[0])
 
 
-def test_an_answer_is_marked_without_a_key(exam: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture) -> None:
-    run = str(exam / "run")
+def test_an_answer_is_marked_without_a_key(exam: Path, capsys: pytest.CaptureFixture) -> None:
     fault = forge.draw_fault(forge.run_config(exam / "run"), 5, "swapped")
     answers = {" ".join(fault): "Right.", f"swapped {fault[2]} {fault[1]}": "Right.",
                "swapped 0 1": "That is what was done, but not where.", "twice 3": "No: "}
+    command = [str(exam / "run"), "--answer", "--seed=5", "--kind=swapped"]
     for says, reply in answers.items():
-        forge.main([run, "--answer", "--seed=5", "--kind=swapped", f"--says={says}"])
+        forge.main([*command, f"--says={says}"])
         assert capsys.readouterr().out.startswith(reply)
-    for words, sentence in (([run, "--answer", "--seed=5", "--says=x"], "must begin with one of"),
-                            ([str(tmp_path), "--answer", "--seed=5"], "holds no finished run"),
-                            ([run, run, "--seed=5"], "does not exist yet")):
-        with pytest.raises(UserError, match=sentence):
-            forge.main(words)
+    with pytest.raises(UserError, match="does not exist yet"):  # nothing is written over
+        forge.main([str(exam / "run"), str(exam), "--seed=5"])
 
 
 def test_published_directories_are_audited_by_their_weights(
@@ -105,147 +160,104 @@ def test_published_directories_are_audited_by_their_weights(
     for i in range(1, 6):
         shutil.copytree(exam / "run" / f"ckpt_00{i}", hub / f"ckpt_00{i}",
                         ignore=shutil.ignore_patterns("manifest.json", "train_state"))
-    words = [str(exam / "exam.py"), f"--run_dir={tmp_path / 'report'}",
-             "--checkpoints=" + ",".join(str(hub / f"ckpt_00{i}") for i in range(1, 6))]
-    audit.main(words)
-    said = capsys.readouterr().out
-    assert "5 audited, nothing found" in said and said.count("no manifest") == 5
+    where = {"run_dir": tmp_path / "report",
+             "checkpoints": ",".join(str(hub / f"ckpt_00{i}") for i in range(1, 6))}
+    assert findings(exam, **where) == []
+    assert capsys.readouterr().out.count("no manifest") == 5
     for a, b in (("2", "aside"), ("4", "2"), ("aside", "4")):
         (hub / f"ckpt_00{a}").rename(hub / f"ckpt_00{b}")
-    with pytest.raises(UserError, match="(?s)ckpt_002 does not lie between.*ckpt_004 does not lie"
-                                        " between.*has learned from chunk 4 "):
-        audit.main(words)
+    found = "\n".join(findings(exam, **where))
+    assert re.search("(?s)ckpt_002 does not lie.*ckpt_004 does not lie.*has learned from", found)
     (hub / "ckpt_003/model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="ckpt_003/model.safetensors cannot be read"):
-        audit.main([*words, "--sequences=0"])
+    assert "ckpt_003/model.safetensors cannot be read" in findings(exam, **where, sequences=0)[0]
     (hub / "ckpt_004").rename(hub / "main")
     with pytest.raises(UserError, match="main is not called ckpt_NUMBER"):
-        audit.main([*words[:2], f"--checkpoints={hub / 'main'}"])
-    with pytest.raises(UserError, match="has 1024 token ids in sequences of 64: more than"):
-        audit.main([str(exam / "exam.py"), "--vocab_size=200", f"--run_dir={tmp_path / 'other'}",
-                    f"--checkpoints={exam / 'run/ckpt_001'}"])
-    audit.main([*words[:2], f"--checkpoints={hub / 'ckpt_001'}"])  # one alone
-    assert "1 audited, nothing found" in capsys.readouterr().out
+        audit.main(words(exam, **where | {"checkpoints": hub / "main"}))
 
 
-def test_every_file_that_differs_is_named(
-        home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
-    shutil.copytree(home / "data", tmp_path / "data")
-    shutil.copytree(straight, tmp_path / "run")
-    damage(tmp_path / "data/train/chunk_002.npy", "flipped")
-    damage(tmp_path / "data/valid/code.npy", "missing")
-    damage(tmp_path / "run/ckpt_000/train_state/optimizer.safetensors", "flipped")
-    damage(tmp_path / "run/ckpt_001/manifest.json", "flipped")
-    with pytest.raises(UserError) as stopped:
-        audit.main(argv(home, tmp_path / "run", data_dir=tmp_path / "data", sequences=0))
-    for words in ("chunk_002.npy differs", "code.npy is missing", "ckpt_001: manifest.json is",
-                  "ckpt_000: train_state/optimizer.safetensors is damaged"):
-        assert words in str(stopped.value)
+def test_files_and_manifests_that_do_not_fit(exam: Path, copy: Path) -> None:
+    """Manifests have the right hash of themselves: only the chain of them shows the change."""
+    for name in ("data/train/chunk_002.npy", "run/ckpt_000/train_state/optimizer.safetensors",
+                 "run/ckpt_005/manifest.json"):
+        damaged = bytearray((copy / name).read_bytes())
+        damaged[-3] ^= 1
+        (copy / name).write_bytes(damaged)
+    (copy / "data/valid/code.npy").unlink()
+    other_parent = {"checkpoint": "ckpt_000", "weights_sha256": "0"}
+    change_manifest(copy / "run/ckpt_001", {"step": 13})
+    change_manifest(copy / "run/ckpt_002", {"data_sha256": "0"})
+    change_manifest(copy / "run/ckpt_003", {"chunk_sha256": "0", "parent": other_parent})
+    change_manifest(copy / "run/ckpt_004", {"tensors": {"model.norm.weight": "0"}})
+    found = findings(exam, copy, sequences=0)
+    sentences = ("chunk_002.npy differs", "code.npy is missing",
+                 "ckpt_005: manifest.json is missing or damaged",
+                 "ckpt_000: train_state/optimizer.safetensors is damaged",
+                 "ckpt_001: step 13 in its manifest is not the end of its chunk",
+                 "ckpt_002: it was trained on other data",
+                 "ckpt_003: it names another hash of chunk 3",
+                 "ckpt_003: it was trained from another ckpt_000",
+                 "ckpt_004: model.norm.weight is not the tensor in manifest.json")
+    for sentence in sentences:
+        assert sum(sentence in line for line in found) == 1, sentence
+    assert len(found) == len(sentences)
 
 
-def test_manifests_that_do_not_fit_each_other(
-        home: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Each with the right hash of itself: only the chain shows it."""
-    for key, value, sentence in (
-            ("step", 13, "it says that it is of step 13, where its chunk does not end"),
-            ("data_sha256", "0", "trained on other data"),
-            ("chunk_sha256", "0", "names another hash of chunk 1"),
-            ("parent", {"checkpoint": "ckpt_000", "weights_sha256": "0"}, "another ckpt_000 than"),
-            ("tensors", {"model.norm.weight": "0"}, "model.norm.weight is not the tensor in")):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(straight, tmp_path / "run")
-        path = tmp_path / "run/ckpt_001/manifest.json"
-        manifest = read_json(path)
-        manifest.pop("sha256")
-        manifest[key] = value
-        write_json(path, manifest | {"sha256": sha256_json(manifest)})
-        with pytest.raises(UserError, match=f"1 found.\nfiles: .*ckpt_001: .*{sentence}"):
-            audit.main(argv(home, tmp_path / "run", sequences=0))
+def test_lines_that_do_not_follow_from_config_and_data_order(exam: Path, copy: Path) -> None:
+    wrong = ({"lr": 1e-3}, {"chunk": 2}, {"tokens": 5}, {"loss": 3.0},
+             {"loss_by_source": {"code": 5.0}})
+    for chunk, changes in enumerate(wrong):
+        change_log(copy / "run", 20 * chunk + 9, **changes)
+    # Right in itself, and of a batch with the same sources, but not of this step.
+    record = ckpt.read_records(copy / "run/metrics.jsonl")[100]
+    by_source = {name: loss + 1e-3 for name, loss in record["loss_by_source"].items()}
+    change_log(copy / "run", 101, loss=record["loss"] + 1e-3, loss_by_source=by_source)
+    found = findings(exam, copy)
+    assert len(found) == 6
+    for chunk, sentence in enumerate(found[:5]):
+        assert re.search(f"1 lines of chunk {chunk} do not follow .* the first is step"
+                         f" {20 * chunk + 9}", sentence)
+    assert re.match(r"log: .* at step 101, where the weights of ckpt_004", found[5])
 
 
-@pytest.mark.parametrize("line", [{"lr": 1e-3}, {"chunk": 2}, {"tokens": 5}, {"loss": 3.0},
-                                  {"loss_by_source": {"prose": 5.0}}])
-def test_lines_that_do_not_follow_from_config_and_data_order(
-        home: Path, straight: Path, tmp_path: Path, line: dict) -> None:  # noqa: F811
-    shutil.copytree(straight, tmp_path / "run")
-    records = metrics(tmp_path / "run")
-    records[8] |= line
-    ckpt.write_records(tmp_path / "run/metrics.jsonl", records)
-    with pytest.raises(UserError, match="1 lines of chunk 1 do not follow .* the first is step 9"):
-        audit.main(argv(home, tmp_path / "run"))
-
-
-def test_a_shuffled_log_is_found(exam: Path, tmp_path: Path) -> None:
-    """Losses that are right in themselves, but not of these steps."""
-    shutil.copytree(exam / "run", tmp_path / "run")
-    shutil.copytree(exam / "data", tmp_path / "data")
-    records = metrics(tmp_path / "run")
-    order = np.random.default_rng(0).permutation(len(records))
-    shuffled = [record | {key: records[i][key] for key in ("loss", "loss_by_source")}
-                for record, i in zip(records, order)]
-    ckpt.write_records(tmp_path / "run/metrics.jsonl", shuffled)
-    found = findings(exam, tmp_path)
-    assert {check for check, _ in found} == {"log"}
-    assert "correlation" in found[-1][1] and "do not follow" in found[0][1]
-
-
-def test_sequences_that_should_not_be_there(home: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Against a search by hand, in data that has both."""
-    shutil.copytree(home / "data", tmp_path / "data")
-    chunk = np.load(tmp_path / "data/train/chunk_001.npy", mmap_mode="r+")
-    valid = load_data(home / "data").validation("prose")
-    assert unexpected_sequences(load_data(tmp_path / "data")) == []
-    chunk["token_ids"][7] = valid["token_ids"][4]
-    chunk["token_ids"][[11, 12, 13]] = np.arange(33)
-    chunk["token_ids"][[30, 31, 32]] = 5  # says nothing
+def test_sequences_that_should_not_be_there(copy: Path) -> None:
+    """Sequences found by their hashes, in data that has both kinds."""
+    data = load_data(copy / "data")
+    assert audit.check_data(data) == []
+    entry = data.manifest["chunks"][1]
+    chunk = np.load(data.directory / entry["file"], mmap_mode="r+")
+    chunk["token_ids"][7] = data.validation("code")["token_ids"][4]
+    chunk["token_ids"][[11, 12, 13]] = np.arange(65)
+    chunk["token_ids"][[30, 31, 32]] = 5  # near-constant
     chunk.flush()
-    assert unexpected_sequences(load_data(tmp_path / "data")) == [
-        "Sequence 4 of valid/prose.npy is in the training data: sequence 7 of chunk 1.",
-        "Sequence 11 of chunk 1 is 3 times in the training data."]
+    entry["sha256"] = forge.sha256_file(data.directory / entry["file"])
+    times = "data: Sequence 11 of chunk 1 is 3 times in the training data."
+    assert audit.check_data(data) == [
+        "data: Sequence 4 of valid/code.npy is in the training data: sequence 7 of chunk 1.", times]
+    data.manifest["canaries"] = {"3": 1}  # planted on purpose
+    assert times not in audit.check_data(data)
 
 
-def test_replay(home: Path, straight: Path, tmp_path: Path,  # noqa: F811
-                capsys: pytest.CaptureFixture) -> None:
+def test_replay(exam: Path, capsys: pytest.CaptureFixture) -> None:
     for chunk, before in ((0, "the initial weights"), (2, "ckpt_001")):
-        # What is asked for here does not count: a checkpoint knows its own settings.
-        audit.main(argv(home, straight, replay=chunk, learning_rate=2e-2, weight_decay=0.7))
+        # The settings given here do not count: those of the manifest do.
+        assert findings(exam, replay=chunk, learning_rate=2e-2, weight_decay=0.7) == []
         text = capsys.readouterr().out
-        assert re.search(rf"ckpt_00{chunk} is what chunk {chunk} makes of \S*{before}: 63 tensors,"
-                         " bit for bit, and 6 lines of metrics.jsonl", text)
-    other = run(home, tmp_path / "other", learning_rate=9e-3, max_steps=6)
-    shutil.copytree(straight, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/ckpt_000")
-    shutil.copytree(other / "ckpt_000", tmp_path / "run/ckpt_000")
-    with pytest.raises(UserError, match=r"is not what chunk 1 makes of .*ckpt_000 here: \d+ of 63"
-                                        r" tensors differ, the first is model\..*, by up to \d"):
-        audit.main(argv(home, tmp_path / "run", replay=1))
-    shutil.rmtree(tmp_path / "run/ckpt_000/train_state")
-    with pytest.raises(UserError, match="ckpt_000: train_state is missing.*keep_train_state"):
-        audit.main(argv(home, tmp_path / "run", replay=1))
+        assert re.search(rf"ckpt_00{chunk} is what chunk {chunk} makes of \S*{before}: \d+ tensors,"
+                         " bit for bit, and 20 lines of metrics.jsonl", text)
     with pytest.raises(UserError, match="There is no checkpoint .*ckpt_007"):
-        audit.main(argv(home, tmp_path / "run", replay=7))
+        audit.main(words(exam, replay=7))
 
 
-@pytest.mark.parametrize("setting", ["learning_rate", "weight_decay", "adam_eps", "adam_beta2"])
-def test_replay_finds_another_setting_of_the_optimizer(
-        home: Path, straight: Path, tmp_path: Path, setting: str) -> None:  # noqa: F811
-    """The manifest says another value than the one the chunk was trained with; hashes fit."""
-    shutil.copytree(straight, tmp_path / "run")
-    path = tmp_path / "run/ckpt_001/manifest.json"
-    manifest = read_json(path)
-    manifest.pop("sha256")
-    manifest["config"][setting] *= 1.1 if setting != "adam_beta2" else 0.9
-    write_json(path, manifest | {"sha256": sha256_json(manifest)})
-    with pytest.raises(UserError, match="is not what chunk 1 makes of"):
-        audit.main(argv(home, tmp_path / "run", replay=1))
-
-
-def test_replay_finds_an_altered_line_of_the_log(home: Path, straight: Path,  # noqa: F811
-                                                 tmp_path: Path) -> None:
-    shutil.copytree(straight, tmp_path / "run")
-    records = metrics(tmp_path / "run")
-    records[8]["loss"] -= 1e-4
-    ckpt.write_records(tmp_path / "run/metrics.jsonl", records)
-    with pytest.raises(UserError, match="metrics.jsonl says something else of 1 steps.* is 9"):
-        audit.main(argv(home, tmp_path / "run", replay=1))
-    assert load(argv(home, straight))[0].seed == 11111
+def test_replay_finds_another_setting_of_the_optimizer(exam: Path, copy: Path) -> None:
+    """Manifests have another value than the one the chunk was trained with; hashes fit."""
+    factors = {"learning_rate": 1.1, "weight_decay": 1.1, "adam_eps": 1.1, "adam_beta2": 0.9}
+    for k, (setting, factor) in enumerate(factors.items(), 1):
+        config = read_json(copy / f"run/ckpt_00{k}/manifest.json")["config"]
+        config[setting] *= factor
+        change_manifest(copy / f"run/ckpt_00{k}", {"config": config})
+    shutil.rmtree(copy / "run/ckpt_004/train_state")
+    *found, last = findings(exam, copy, replay="1,2,3,4,5")
+    assert len(found) == 4 and re.search("ckpt_004: train_state.* is missing.*keep_train", last)
+    for k, sentence in enumerate(found, 1):
+        assert re.search(f"is not what chunk {k} makes of .*ckpt_00{k - 1} here: of \\d+ tensors"
+                         " and 20 lines \\d+ differ, model\\..* by up to \\d", sentence)

@@ -1,44 +1,34 @@
-"""What must not rot: which room knows which, and what a reader can take in at once.
+"""The budget, and which file knows which. README.md describes the files.
 
-The rooms stand in README.md. A file at the top is a command one runs, the network, or a noun that
-three of them share; tools/ are programs that no stage imports.
+A file at the top is a stage that one runs, the network, or a noun that several of them share. No
+stage imports a program of tools/.
 """
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"prepare_data", "train", "eval", "memorize", "audit", "lookup"}
-# Which rooms a room may import, beside configs, which all may.
+# Lines of all files at the top and of configs/__init__.py, comments and blank lines included. A
+# change may lower this number and never raises it: a feature pays with lines that go.
+MOST_LINES = 5200
+# Which files a file may import, beside configs, which all may.
 KNOWS = {
     "configs": set(), "kernels": set(), "tokenizer": set(),
     "data": {"tokenizer"},
     "model": {"kernels"},
     "parallel": {"model", "kernels"},
     "checkpoint": {"data", "model", "parallel", "tokenizer"},
-    "corpus": {"data"},
-    "prepare_data": {"data", "tokenizer", "corpus"},
+    "prepare_data": {"data", "tokenizer"},
     "eval": {"data", "model", "checkpoint", "kernels", "parallel", "tokenizer"},
-    # train's validation is eval's bits per byte: the one place where a stage knows another ...
-    "train": {"data", "model", "checkpoint", "parallel", "eval"},
-    "memorize": {"data", "model", "checkpoint"},
-    # ... but for those whose work is to do again what train has done, to ask what is known, and to
-    # ask where prepare_data has dealt what to.
-    "replay": {"data", "model", "checkpoint", "parallel", "train"},
-    "audit": {"data", "model", "checkpoint", "parallel", "train", "memorize", "replay"},
-    "lookup": {"data", "model", "checkpoint", "prepare_data", "tokenizer"},
+    # A stage knows another in two places: validation during training is eval's bits per byte, and
+    # the audit measures losses as memorize does and trains a chunk again.
+    "train": {"data", "model", "kernels", "checkpoint", "parallel", "eval"},
+    "memorize": {"data", "model", "checkpoint", "parallel"},
+    "audit": {"data", "model", "checkpoint", "parallel", "train", "memorize"},
 }
-FILES = [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "kernels").glob("*.py"),
-         *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
-PRODUCT = [path for path in FILES if path.parent.name != "tests"]
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def names(paths: list[Path]) -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in paths]
+TOP = [*sorted(ROOT.glob("*.py")), ROOT / "configs/__init__.py"]
 
 
 def imports(path: Path) -> set[str]:
@@ -52,21 +42,33 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_rooms_are_those_of_the_plan() -> None:
+def n_lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_budget() -> None:
+    total = n_lines(TOP)
+    print(f"{total} lines at the top")
+    assert total <= MOST_LINES
+    assert n_lines([*(ROOT / "tools").glob("*.py")]) <= 3200
+    assert n_lines([*(ROOT / "tests").glob("*.py")]) <= 4500
+
+
+def test_the_files_are_those_of_the_plan() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} | {"configs", "kernels"} == set(KNOWS)
 
 
-@pytest.mark.parametrize("room", KNOWS)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
-    files = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else (ROOT / room).glob("*.py")
+@pytest.mark.parametrize("name", KNOWS)
+def test_a_file_imports_only_what_it_may(name: str) -> None:
+    files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).glob("*.py")
     for path in files:
-        assert imports(path) & (set(KNOWS) | {"tools", "tests"}) <= KNOWS[room] | {"configs", room}
+        known = imports(path) & (set(KNOWS) | {"tools", "tests"})
+        assert known <= KNOWS[name] | {"configs", name}, path
 
 
-@pytest.mark.parametrize("room", ["configs", "tokenizer", "data", "corpus", "prepare_data"])
-def test_what_makes_data_does_not_know_torch(room: str) -> None:
-    path = ROOT / f"{room}.py" if room != "configs" else ROOT / "configs/__init__.py"
-    assert "torch" not in imports(path)
+@pytest.mark.parametrize("name", ["configs/__init__", "tokenizer", "data", "prepare_data"])
+def test_what_makes_data_does_not_know_torch(name: str) -> None:
+    assert "torch" not in imports(ROOT / f"{name}.py")
 
 
 def test_the_network_opens_no_file() -> None:
@@ -74,39 +76,3 @@ def test_the_network_opens_no_file() -> None:
     called = {node.func.id for node in ast.walk(tree)
               if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not called & {"open", "Path"}
-
-
-@pytest.mark.parametrize("name", names(PRODUCT))
-def test_functions_fit_on_a_page(name: str) -> None:
-    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            size = node.end_lineno - node.lineno + 1
-            assert size <= 55, f"{name}:{node.lineno} {node.name} has {size} lines"
-
-
-@pytest.mark.parametrize("name", names(FILES))
-def test_lines_fit_a_window(name: str) -> None:
-    for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
-        assert len(line) <= 100, f"{name}:{number}"
-
-
-def depth(node: ast.AST) -> int:
-    """How deep comprehensions nest below a node."""
-    inner = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
-    return inner + isinstance(node, COMPREHENSIONS)
-
-
-@pytest.mark.parametrize("name", names(PRODUCT))
-def test_no_comprehension_in_a_comprehension_in_a_comprehension(name: str) -> None:
-    assert depth(ast.parse((ROOT / name).read_text(encoding="utf-8"))) < 3
-
-
-def test_decisions_are_explained_where_they_are_made() -> None:
-    """Full-line comments in the rooms at the top, and shapes in the network."""
-    rooms = [*ROOT.glob("*.py"), ROOT / "configs/__init__.py"]
-    lines = [line.strip() for path in rooms
-             for line in path.read_text(encoding="utf-8").splitlines()]
-    comments = sum(line.startswith("#") for line in lines)
-    assert comments / len(lines) >= 0.08
-    network = (ROOT / "model.py").read_text(encoding="utf-8")
-    assert len(re.findall(r"#.*\([BTSDHKhVRN0-9]+(?:[ ,*/+-]+[\w.]+)*,?\)", network)) >= 25

@@ -1,200 +1,137 @@
-"""What does the compiler make of the kernels? No GPU is needed.
+"""Compile every kernel of kernels/ for a GPU and report the result. No GPU is needed.
 
-    python tools/aot.py            a table: registers, spills, shared memory, instructions
-    python tools/aot.py --json     the same, one JSON object a line
+    python tools/aot.py [90]    # for Hopper alone: registers, spills, shared memory, instructions
 
-Every operation is called once per shape with the launch itself replaced by a note of its arguments,
-so what is compiled here is what a training step launches. Triton's own compiler and the ptxas in
-its wheel then do everything short of running it.
+Every operation is called forward and backward, with a launch that only records its arguments. So
+what a training step launches is compiled, by Triton and its ptxas.
 """
 
-import argparse
-import json
-import math
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
+os.environ["TRITON_INTERPRET"] = "0"  # else Triton would interpret the kernels, not compile them
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime.jit import JITFunction, mangle_type
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels  # noqa: E402
-from configs import UserError, run_command  # noqa: E402
+from configs import run_command  # noqa: E402
 
-ops = torch.ops.kernels
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
-
-# What an SM has, from the CUDA C++ programming guide, "technical specifications per compute
-# capability". It adds 1 KiB to the shared memory of each program.
-SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes
+# The limits of one SM (CUDA C++ programming guide). Each program needs 1 KiB of shared memory more.
+SHARED = {90: 228 << 10, 80: 164 << 10}  # architecture -> bytes
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
 
 
-def calls() -> list[tuple[str, Callable]]:
-    """(label, call) for every operation, tile table and element type that ships."""
-    found = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D, H, K in ((128, 2, 2), (64, 2, 2), (128, 4, 2)):
-            if K < H and dtype != torch.bfloat16:
-                continue  # grouped heads change nothing but dK/dV's outer loop
-            q, k = torch.zeros(2, 64, H, D, dtype=dtype), torch.zeros(2, 64, K, D, dtype=dtype)
-            label = f"attention {TYPES[dtype]} D={D}" + f" H/K={H // K}" * (K < H)
-            lse = torch.zeros(2, H, 64)
-            found.append((label, lambda q=q, k=k: ops.attention(q, k, k, 1.0)))
-            found.append((label, lambda q=q, k=k, lse=lse:
-                          ops.attention_backward(q, q, k, k, q, lse, 1.0)))
-    # Rows of the 7B, of a laptop model, and the longest that are taken.
-    for N in (4096, 128, 8192):
-        x, w, rows = torch.zeros(32, N, dtype=torch.bfloat16), torch.zeros(N), torch.zeros(32)
-        found.append((f"rms_norm N={N}", lambda x=x, w=w: ops.rms_norm(x, w, 1e-5)))
-        found.append((f"rms_norm N={N}", lambda x=x, w=w, rows=rows:
-                      ops.rms_norm_backward(x, x, w, rows)))
-        found.append((f"layer_norm N={N}", lambda x=x, w=w: ops.layer_norm(x, w, w, 1e-5)))
-        found.append((f"layer_norm N={N}", lambda x=x, w=w, rows=rows:
-                      ops.layer_norm_backward(x, x, w, rows, rows)))
-    y = torch.zeros(32, 11008, dtype=torch.bfloat16)
-    found.append(("swiglu", lambda: ops.swiglu(y, y)))
-    found.append(("swiglu", lambda: ops.swiglu_backward(y, y, y)))
-    q = torch.zeros(2, 16, 32, 128, dtype=torch.bfloat16)
-    full, part = torch.zeros(16, 64), torch.zeros(16, 16)  # Amber's table and Crystal's
-    found.append(("rope R=128", lambda: ops.rope(q, q, full, full, False, 1)))
-    found.append(("rope R=32 interleaved", lambda: ops.rope(q, q, part, part, True, 1)))
-    z, targets = torch.zeros(32, 32000, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
-    found.append(("cross_entropy V=32000", lambda: ops.cross_entropy_(z, targets, True)))
-    return found
+def calls() -> Iterator[tuple[str, Callable, tuple]]:
+    """(label, operation, inputs) for every operation, tile table and element type that ships."""
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    for name in ("bfloat16", "float16", "float32"):
+        for D in (128, 64):
+            q, k, v = (make(2, 64, 2, D, dtype=getattr(torch, name)) for _ in "qkv")
+            yield f"attention {name} D={D}", kernels.attention, (q, k, v)
+    for N in (4096, 128, 8192):  # the 7B, a laptop model, the longest row that is taken
+        x, weight, bias = make(32, N), *(make(N, dtype=torch.float32) for _ in "wb")
+        yield f"rms_norm N={N}", kernels.rms_norm, (x, weight, 1e-5)
+        yield f"layer_norm N={N}", kernels.layer_norm, (x, weight, bias, 1e-5)
+    yield "swiglu", kernels.swiglu, (make(32, 11008), make(32, 11008))
+    # No gradient is asked for: the backward pass of the rotation is the same kernel.
+    q, amber, crystal = make(2, 16, 32, 128).detach(), torch.zeros(16, 64), torch.zeros(16, 16)
+    yield "rope R=128", kernels.rope, (q, q, amber, amber)
+    yield "rope R=32 interleaved", kernels.rope, (q, q, crystal, crystal, True)
+    head = make(32, 16), make(32000, 16), torch.zeros(32, dtype=torch.int64)
+    yield "cross_entropy V=32000", kernels.linear_cross_entropy, head
 
 
 def launches(arch: int) -> list[tuple]:
-    """(label, kernel, arguments, options) of every launch those calls would make on sm_`arch`."""
-    # The launch of every kernel goes through JITFunction.run; noting instead of running leaves the
-    # outputs uninitialised, which nobody reads.
-    noted, label = [], ""
+    """(arch, label, kernel, arguments, options) of every launch of those calls on sm_`arch`."""
+    recorded: list[tuple] = []
 
-    def note(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+    # Every launch goes through JITFunction.run. The outputs stay uninitialized; nothing reads them.
+    def record(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         arguments = dict(zip(kernel.arg_names, args)) | kwargs
-        noted.append((label, kernel, arguments, options))
+        recorded.append((arch, label, kernel, arguments, options))
 
-    run, JITFunction.run = JITFunction.run, note
-    attention = sys.modules["kernels.attention"]
-    on_hopper, attention._on_hopper = attention._on_hopper, lambda device: arch == 90
-    try:
-        for label, call in calls():  # noqa: B007 (`note` reads label)
-            call()
-    finally:
-        JITFunction.run, attention._on_hopper = run, on_hopper
-    return noted
+    attention = sys.modules["kernels.attention"]  # the file; the attribute is the function
+    with (patch.object(JITFunction, "run", record),
+          patch.object(kernels, "_triton", lambda *_: True),
+          patch.object(attention, "_on_hopper", lambda device: arch == 90)):
+        for label, operation, inputs in calls():  # noqa: B007 (`record` reads label)
+            outputs = operation(*inputs)
+            loss = outputs[0] if isinstance(outputs, tuple) else outputs
+            if loss.requires_grad:
+                loss.sum().backward()
+    return recorded
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """The kernel specialised as the JIT specialises it: types, and which values 16 divides."""
+    """The kernel specialized as the JIT specializes it: by type, and by divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            # Strides and counts that 16 divides let loads be 16 bytes wide, so the JIT looks for
-            # them.
-            pointer = isinstance(value, torch.Tensor)
-            signature[name] = f"*{TYPES[value.dtype]}" if pointer else "i32"
-            if pointer or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            continue
+        signature[name] = mangle_type(value)
+        # Pointers, strides and counts that are multiples of 16 allow loads of 16 bytes.
+        if isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def report(arch: int, label: str, kernel: JITFunction, arguments: dict, options: dict) -> dict:
-    """Compile one launch; registers and bytes per thread, shared memory, programs per SM."""
-    made = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32),
-                          options=options)
-    # Triton keeps ptxas's report to itself: ask ptxas once more.
-    ptx = made.asm["ptx"]
-    ptxas = os.environ.get("TRITON_PTXAS_PATH",
-                           Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        chip = re.search(r"\.target (sm_\w+)", ptx)[1]
-        said = subprocess.run([ptxas, "-v", f"--gpu-name={chip}", file.name, "-o", os.devnull],
-                              capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
-    threads = 32 * options.get("num_warps", 4)
-    shared = made.metadata.shared
-    # Each thread gets its registers in groups of 8.
-    fit = (REGISTERS // (threads * (math.ceil(registers / 8) * 8)), THREADS // threads,
-           SHARED[arch] // (shared + 1024), PROGRAMS)
+def report(job: int) -> dict:
+    """Compile one launch; registers and spilled bytes per thread, shared bytes, programs per SM."""
+    arch, label, kernel, arguments, options = jobs[job]
+    compiled = triton.compile(source(kernel, arguments), GPUTarget("cuda", arch, 32), options)
+    # Triton does not return ptxas's own report, so ptxas runs once more.
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    ptxas = triton.knobs.nvidia.ptxas.path
+    chip = re.search(r"\.target (sm_\w+)", ptx)[1]
+    output = subprocess.run([ptxas, "-v", f"--gpu-name={chip}", "/dev/stdin", "-o", os.devnull],
+                            input=ptx, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", output)[1])
+    warps = options.get("num_warps", 4)
+    allotted = 32 * warps * ((registers + 7) // 8 * 8)  # in groups of 8 a thread
+    programs = min(PROGRAMS, THREADS // (32 * warps), REGISTERS // allotted,
+                   SHARED[arch] // (shared + 1024))
+    blocks = [str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK") if n in arguments]
     return {
         "arch": f"sm_{arch}", "what": label, "kernel": kernel.__name__.strip("_"),
-        "tile": "x".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK")
-                         if n in arguments),
-        "warps": options.get("num_warps", 4), "stages": options.get("num_stages", 3),
+        "tile": "x".join(blocks), "warps": warps, "stages": options.get("num_stages", 3),
         "registers": registers,
-        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "shared_bytes": shared, "programs_per_sm": min(fit),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", output))),
+        "shared_bytes": shared, "programs_per_sm": programs,
         "wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": ptx.count("cp.async.bulk.tensor"),
-        "warnings": sorted(set(re.findall(r"\(C75\d\d\)[^']*", said))),
+        "warnings": ", ".join(sorted(set(re.findall(r"\(C75\d\d\)[^']*", output)))),
     }
 
 
-def _report_one(job: tuple[int, int]) -> dict:
-    arch, i = job
-    return report(arch, *_launches[arch][i])
-
-
-_launches: dict[int, list] = {}
-
-
-def reports(archs: tuple[int, ...] = (90, 80)) -> list[dict]:
-    """Every launch compiled for every architecture, on all cores."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UserError("TRITON_INTERPRET is set, so Triton would interpret the kernels instead of"
-                        " compiling them: run env -u TRITON_INTERPRET python tools/aot.py.")
-    kernels.use("auto")
-    _launches.update((arch, launches(arch)) for arch in archs)
-    jobs = [(arch, i) for arch in archs for i in range(len(_launches[arch]))]
-    # Forked, because a compiled function cannot be pickled but can be inherited.
-    with multiprocessing.get_context("fork").Pool() as pool:
-        return pool.map(_report_one, jobs, chunksize=1)
-
-
-def table(rows: list[dict]) -> str:
-    """The reports as a Markdown table."""
-    names = [name for name in rows[0] if name != "warnings"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in rows:
-        lines.append("| " + " | ".join(str(row[name]) for name in names) + " |")
-        lines += [f"| | {warning} |" for warning in row["warnings"]]
-    return "\n".join(lines)
+jobs: list[tuple] = []  # arguments of `report`, which a fork inherits: kernels cannot be pickled
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--arch", type=int, choices=(90, 80), help="only for Hopper or Ampere")
-    args = parser.parse_args(argv)
-    rows = reports((args.arch,) if args.arch else (90, 80))
-    if args.json:
-        print("\n".join(map(json.dumps, rows)))
-    else:
-        print(table(rows))
+    for arch in [int(word) for word in argv] or SHARED:
+        jobs.extend(launches(arch))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for i, row in enumerate(pool.map(report, range(len(jobs)))):
+            if i == 0:
+                print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+            print(f"| {' | '.join(map(str, row.values()))} |")
 
 
 if __name__ == "__main__":

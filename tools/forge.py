@@ -1,7 +1,6 @@
 """An examination: copy a finished run and plant one fault in it. Can audit.py tell which?
 
     python tools/forge.py runs/amber_tiny runs/forged --seed=17
-    python audit.py configs/amber_tiny.py --run_dir=runs/forged/run --data_dir=runs/forged/data
     python tools/forge.py runs/amber_tiny --answer --seed=17 --says="swapped 3 6"
 
     swapped 3 6      the checkpoints 3 and 6 have each other's name
@@ -15,52 +14,34 @@
     leaked 4         a validation sequence is in chunk 4, and was trained on
     canary 4         a sequence of random ids is hidden in chunk 4, eight times
 
-The seed draws the fault. All hashes and manifests are written anew, so that they give nothing away.
-What has to be trained again is: half a run on average.
+The seed draws the fault. All hashes and manifests fit it, and what it changes is trained again.
 """
 
 import argparse
-import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 
 import checkpoint as ckpt
 import train
-from configs import Config, UserError, run_command, with_recorded
-from data import (
-    Data,
-    Visit,
-    load_data,
-    read_json,
-    sha256_file,
-    sha256_json,
-    step_sequences,
-    step_to_visit,
-    write_json,
-)
-from model import choose_kernels
+from configs import Config, UserError, load, run_command
+from data import Data, load_data, read_json, sha256_file, sha256_json, step_sequences, write_json
 
-# How many numbers of checkpoints a kind names, or that it names a step of the log.
+# How many checkpoints or chunks a kind names; "metrics" names a step.
 KINDS = {"swapped": 2, "duplicated": 2, "shard": 2, "edited": 1, "twice": 1, "left_out": 1,
-         "rate": 1, "leaked": 1, "canary": 1, "metrics": "step"}
+         "rate": 1, "leaked": 1, "canary": 1, "metrics": 1}
 
 
 def run_config(run_dir: Path) -> Config:
     """The settings of a finished run; UserError if it is none."""
-    recorded = read_json(run_dir / "config.json")
-    if not recorded or not ckpt.list_checkpoints(run_dir):
+    if not ckpt.list_checkpoints(run_dir):
         raise UserError(f"{run_dir} holds no finished run: train one first.")
-    config = with_recorded(Config(), recorded)
-    config.data_dir, config.run_dir, config.resume = recorded["data_dir"], str(run_dir), "auto"
-    return config
+    return load([str(run_dir)])[0]
 
 
 def draw_fault(config: Config, seed: int, kind: str = "") -> list[str]:
@@ -68,106 +49,81 @@ def draw_fault(config: Config, seed: int, kind: str = "") -> list[str]:
     random = np.random.default_rng([seed, 2023])
     kind = kind or str(random.choice([*KINDS]))
     schedule = load_data(config.data_dir).schedule(config)
-    visits = [visit.number for visit in schedule]
-    if KINDS[kind] == "step":
+    if kind == "metrics":
         return [kind, str(random.integers(2, sum(visit.steps for visit in schedule) + 1))]
     # Neither the first nor the last: "left out" needs a next one, "rate" one that it changes.
-    numbers = random.choice(visits[1:-1], KINDS[kind], replace=False)
-    return [kind, *map(str, sorted(map(int, numbers)))]
+    visits = [visit.number for visit in schedule[1:-1]]
+    numbers = random.choice(visits, KINDS[kind], replace=False)
+    return [kind, *map(str, sorted(numbers))]
 
 
 def forge(config: Config, out: Path, fault: list[str], seed: int) -> None:
     """Write OUT/data and OUT/run, a copy of a run with a fault."""
-    kind, *places = fault
-    places, random = [int(place) for place in places], np.random.default_rng([seed, 2024])
-    # Results of other stages would tell, and so would the text of train.log.
-    passed_over = shutil.ignore_patterns("*.log", "lock", "eval.jsonl", "memorization*", "audit*",
-                                         "*.html", "*.png", "*.aside*")
-    shutil.copytree(config.run_dir, out / "run", ignore=passed_over)
-    shutil.copytree(config.data_dir, out / "data")
-    config.run_dir, config.data_dir = str(out / "run"), str(out / "data")
-    write_json(out / "run" / "config.json", read_json(out / "run" / "config.json")
-               | {"run_dir": config.run_dir, "data_dir": config.data_dir})
-    path = [out / "run" / f"ckpt_{place:03d}" for place in places]
+    kind, places = fault[0], [int(place) for place in fault[1:]]
+    random = np.random.default_rng([seed, 2024])
+    run_dir, data_dir = out / "run", out / "data"
+    # Nothing else: results of other stages, or the text of train.log, would give the fault away.
+    for path in ckpt.select_checkpoints(config.run_dir, "all"):
+        shutil.copytree(path, run_dir / path.name)
+    shutil.copy(Path(config.run_dir, "metrics.jsonl"), run_dir)
+    shutil.copytree(config.data_dir, data_dir)
+    where = {"run_dir": str(run_dir), "data_dir": str(data_dir)}
+    write_json(run_dir / "config.json", vars(config) | where)
+    claims = {path: ckpt.read_manifest(path) for path in ckpt.list_checkpoints(run_dir)}
+    path = [run_dir / f"ckpt_{place:03d}" for place in places]
     if kind == "swapped":
-        first, second = (ckpt.read_manifest(p) for p in path)
         path[0].rename(out / "aside")
         path[1].rename(path[0])
         (out / "aside").rename(path[1])
-        put_claims(path[0], first)
-        put_claims(path[1], second)
     elif kind == "duplicated":
-        claims = ckpt.read_manifest(path[1])
         shutil.rmtree(path[1])
         shutil.copytree(path[0], path[1])
-        put_claims(path[1], claims)
     elif kind == "shard":
         replace_shard(*path, random)
     elif kind == "metrics":
-        alter_line(out / "run" / "metrics.jsonl", places[0], random)
+        # Another loss or gradient norm of one step, with or without the losses by source.
+        records = ckpt.read_records(run_dir / "metrics.jsonl")
+        record, factor = records[places[0] - 1], float(random.uniform(0.95, 0.99))
+        key = random.choice(["grad_norm", "loss", "losses"])
+        record["grad_norm" if key == "grad_norm" else "loss"] *= factor
+        if key == "losses":
+            for name, loss in record["loss_by_source"].items():
+                record["loss_by_source"][name] = round(loss * factor, 5)
+        ckpt.write_records(run_dir / "metrics.jsonl", records)
     elif kind in ("edited", "leaked", "canary"):
-        edit_chunk(config, kind, places[0], random)
-    rehash(out / "run", load_data(out / "data"))
+        edit_chunk(load_data(data_dir), config, kind, places[0], random)
+    write_manifests(claims, load_data(data_dir))
     if kind in ("twice", "left_out", "rate", "leaked", "canary"):
-        retrain(config, kind, places[0])
-
-
-# ---------------------------------------------------------------------------------------------
-# what is planted in files
-
-
-def put_claims(path: Path, manifest: dict) -> None:
-    """Give a checkpoint the manifest of another."""
-    state = path / "train_state" / "state.json"
-    if state.exists():
-        write_json(state, {"step": manifest["step"], "updates": manifest["step"]})
-    write_json(path / "manifest.json", manifest)
+        retrain(run_dir, kind, places[0])
 
 
 def replace_shard(path: Path, other: Path, random: np.random.Generator) -> None:
     """A third of a checkpoint's tensors, as if it had three shards, from another checkpoint."""
-    tensors = {name: tensor.clone() for name, tensor in ckpt.read_tensors(path)}
-    names = np.array_split([*tensors], 3)[random.integers(3)]
-    theirs = dict(ckpt.read_tensors(other))
-    files = [*path.glob("model*.safetensors")]
-    if len(files) > 1:
-        raise UserError(f"{path} has {len(files)} files of weights: forge a run of one process.")
-    tensors |= {name: theirs[name].clone() for name in names}
-    ckpt.write_safetensors(files[0], [*tensors.items()])
+    (file,) = path.glob("model*.safetensors")  # of a run of one process
+    mine, theirs = dict(ckpt.read_tensors(path)), dict(ckpt.read_tensors(other))
+    names = np.array_split([*mine], 3)[random.integers(3)]
+    # The file is mapped, so it must be copied before it is written.
+    copies = [(name, (theirs if name in names else mine)[name].clone()) for name in mine]
+    hashes, manifest = ckpt.write_safetensors(file, copies), ckpt.read_manifest(path)
+    manifest["tensors"] |= hashes
+    manifest["files"][file.name] = sha256_file(file)
+    manifest["weights_sha256"] = sha256_json(hashes)
+    write_json(path / "manifest.json", manifest)
 
 
-def alter_line(file: Path, step: int, random: np.random.Generator) -> None:
-    """Another loss or gradient norm of one step, with or without the losses by source."""
-    records = ckpt.read_records(file)
-    for record in records:
-        if record["step"] == step:
-            how, by = random.integers(3), round(float(random.uniform(0.02, 0.2)), 4)
-            if how == 0:
-                record["grad_norm"] *= 1 - by
-            else:
-                record["loss"] -= by
-            if how == 2:
-                record["loss_by_source"] = {name: round(loss - by, 5) for name, loss
-                                            in record["loss_by_source"].items()}
-    ckpt.write_records(file, records)
-
-
-def edit_chunk(config: Config, kind: str, chunk: int, random: np.random.Generator) -> None:
+def edit_chunk(data: Data, config: Config, kind: str, chunk: int,
+               random: np.random.Generator) -> None:
     """Change sequences of a chunk that a step reads, and the data's manifest with them."""
-    data = load_data(config.data_dir)
     entry = data.manifest["chunks"][chunk]
     path = data.directory / entry["file"]
     sequences = np.load(path, mmap_mode="r+")
     n, batch = len(sequences), config.global_batch_size
     read = step_sequences(config.seed, chunk, n, 0, n // batch * batch)  # by any step at all
-    chosen = random.choice(read, 9, replace=False)
-    ids = sequences["token_ids"]
-    if kind == "edited":
-        # From the middle on it is another sequence's text.
-        middle = ids.shape[1] // 2
-        ids[chosen[0], middle:] = ids[chosen[1], middle:]
+    chosen, ids = random.choice(read, 9, replace=False), sequences["token_ids"]
+    if kind == "edited":  # from the tenth id on it is another sequence's text
+        ids[chosen[0], 9:] = ids[chosen[1], 9:]
     elif kind == "leaked":
-        source = data.validation_sources[random.integers(len(data.validation_sources))]
+        source = random.choice(data.validation_sources)
         ids[chosen[0]] = random.choice(data.validation(source)["token_ids"])
     else:
         ids[chosen[:8]] = random.integers(data.n_vocab, size=ids.shape[1])
@@ -176,117 +132,41 @@ def edit_chunk(config: Config, kind: str, chunk: int, random: np.random.Generato
     write_json(data.directory / "manifest.json", data.manifest)
 
 
-def rehash(run_dir: Path, data: Data) -> None:
-    """Write all manifests anew, so that every hash and every chain of them is right."""
-    manifests = [(read_json(path / "manifest.json"), path) for path in run_dir.glob("ckpt_*")]
+def write_manifests(claims: dict[Path, dict], data: Data) -> None:
+    """Give each directory, whatever it holds now, its old claims and the hashes that fit them."""
     parent: dict[str, str] = {}
-    for manifest, path in sorted(manifests, key=lambda pair: pair[0]["step"]):
-        manifest.pop("sha256", None)
-        weights = tensor_hashes(path, "model")
-        moments = tensor_hashes(path / "train_state", "optimizer")
-        files = {name: sha256_file(path / name) for name in manifest["files"]}
-        manifest |= {"weights_sha256": sha256_json(dict(sorted(weights.items()))), "files": files,
-                     "tensors": dict(sorted((weights | moments).items())),
-                     "data_sha256": data.sha256, "parent": parent,
-                     "chunk_sha256": data.manifest["chunks"][manifest["chunk"]]["sha256"]}
+    for path, manifest in claims.items():
+        content = read_json(path / "manifest.json")  # it was moved together with the files
+        manifest |= {key: content[key] for key in ("files", "tensors", "weights_sha256")}
+        manifest["history"]["data_sha256"] = data.sha256
+        manifest["chunk_sha256"] = data.manifest["chunks"][manifest["chunk"]]["sha256"]
+        manifest |= {"data_sha256": data.sha256, "parent": parent}
         write_json(path / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
         parent = {"checkpoint": path.name, "weights_sha256": manifest["weights_sha256"]}
 
 
-def tensor_hashes(directory: Path, stem: str) -> dict[str, str]:
-    """sha256 of each tensor, as a manifest has them; {} where old states were dropped."""
-    if not directory.exists():
-        return {}
-    return {name: ckpt.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-            for name, tensor in ckpt.read_tensors(directory, stem)}
-
-
-# ---------------------------------------------------------------------------------------------
-# what is trained
-
-
-def retrain(config: Config, kind: str, number: int) -> None:
+def retrain(run_dir: Path, kind: str, number: int) -> None:
     """Train a run again from visit `number` on, with train.py's own loop and a change in it."""
-    run_dir = Path(config.run_dir)
-    for path in run_dir.glob("ckpt_*"):
-        manifest = ckpt.read_manifest(path)
-        config.threads = manifest["environment"]["threads"]
-        if manifest["visit"] >= number:
-            ckpt.delete_directory(path)
-    choose_kernels(config.kernels)
-    run = train.start(config)
-    train.resume(run)
-    train.begin_records(run)
-    changed = {"twice": train_twice, "left_out": leave_out, "rate": shift_rate}
-    with changed.get(kind, lambda run, number: contextlib.nullcontext())(run, number):
-        train.train(run)
-    run.pool.shutdown()
+    for path in ckpt.list_checkpoints(run_dir):
+        if ckpt.read_manifest(path)["visit"] >= number:
+            shutil.rmtree(path)
+    honest_step = train.train_step
+
+    def train_step(run: train.Run, batch: train.Batch, lr: float) -> dict:
+        visit, own_lr = batch.visit, lr
+        if kind == "left_out":  # the next chunk instead of this one; at last the first
+            batch = train.load_batch(run, (run.step + visit.steps) % run.total_steps)
+        elif kind == "rate":  # that of the next step, and the right one in the log
+            own_lr = train.learning_rate(run.config, run.step + 2, run.total_steps)
+        elif kind == "twice" and visit.number == number:
+            steps = range(visit.first_step, visit.first_step + visit.steps)
+            for step in steps if run.step == steps[-1] else []:
+                honest_step(run, train.load_batch(run, step), lr)
+        return honest_step(run, batch, own_lr) | {"lr": lr}
+
+    with patch.object(train, "train_step", train_step):
+        train.main([str(run_dir)])
     (run_dir / "train.log").unlink()
-
-
-def batch_of(run: train.TrainState, visit: Visit, step: int, chunk: int) -> train.Batch:
-    """The batch of a step of a visit, but out of another chunk than the one that is claimed."""
-    sequences = run.data.chunk(chunk)
-    ids = step_sequences(run.config.seed, chunk, len(sequences), step,
-                         run.config.global_batch_size)
-    return train.Batch(visit, step, ids, sequences[ids])
-
-
-@contextlib.contextmanager
-def leave_out(run: train.TrainState, number: int) -> Iterator[None]:
-    """From visit `number` on read the chunk after the one that is claimed; at last the first."""
-    chunks = [visit.chunk for visit in run.schedule]
-
-    def load_batch(run: train.TrainState, step_of_run: int) -> train.Batch:
-        visit, step = step_to_visit(run.schedule, step_of_run)
-        place = run.schedule.index(visit)
-        return batch_of(run, visit, step, chunks[(place + 1) % len(chunks)])
-
-    with patch.object(train, "load_batch", load_batch):
-        yield
-
-
-@contextlib.contextmanager
-def train_twice(run: train.TrainState, number: int) -> Iterator[None]:
-    """Before the last step of visit `number`, all of its chunk once more."""
-    honest = train.train_step
-
-    def train_step(run: train.TrainState, batch: train.Batch, lr: float) -> dict:
-        if batch.visit.number == number and batch.step_in_chunk + 1 == batch.visit.steps:
-            for step in range(batch.visit.steps):
-                honest(run, batch_of(run, batch.visit, step, batch.visit.chunk), lr)
-        return honest(run, batch, lr)
-
-    with patch.object(train, "train_step", train_step):
-        yield
-
-
-@contextlib.contextmanager
-def shift_rate(run: train.TrainState, number: int) -> Iterator[None]:
-    """The learning rate of the next step at every step, and the right one in the log."""
-    honest = train.train_step
-
-    def train_step(run: train.TrainState, batch: train.Batch, lr: float) -> dict:
-        next_lr = train.learning_rate(run.config, run.step + 2, run.total_steps)
-        return honest(run, batch, next_lr) | {"lr": lr}
-
-    with patch.object(train, "train_step", train_step):
-        yield
-
-
-# ---------------------------------------------------------------------------------------------
-
-
-def mark(says: str, fault: list[str]) -> str:
-    """What is to be said of an answer."""
-    words = says.split()
-    if not words or words[0] not in KINDS:
-        raise UserError(f"--says={says!r} must begin with one of: {', '.join(KINDS)}.")
-    if words[0] != fault[0]:
-        return "No: that is not what was done."
-    # Who has whose name is the same either way; of a duplicate, who is the copy is not.
-    right = sorted(words[1:]) == sorted(fault[1:]) if words[0] == "swapped" else words == fault
-    return "Right." if right else "That is what was done, but not where."
 
 
 def main(argv: list[str]) -> None:
@@ -302,11 +182,16 @@ def main(argv: list[str]) -> None:
     config = run_config(args.run)
     fault = draw_fault(config, args.seed, args.kind or "")
     if args.answer:
-        print(mark(args.says, fault))
+        kind, *places = args.says.split() or [""]
+        if kind not in KINDS:
+            raise UserError(f"--says={args.says!r} must begin with one of: {', '.join(KINDS)}.")
+        # Of two that were swapped the order is the same either way; of a duplicate it is not.
+        right = places == fault[1:] or kind == "swapped" and places[::-1] == fault[1:]
+        where = "Right." if right else "That is what was done, but not where."
+        print(where if kind == fault[0] else "No: that is not what was done.")
         return
     if args.out is None or args.out.exists():
         raise UserError("Give a directory that does not exist yet: tools/forge.py RUN OUT --seed=N")
-    args.out.mkdir(parents=True)
     forge(config, args.out, fault, args.seed)
     print(f"{args.out}/run and {args.out}/data: one thing is wrong with them. What, and where?")
 

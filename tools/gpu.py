@@ -1,26 +1,21 @@
-"""What one GPU says of this code, in nine minutes: make gpu
+"""Test and time this code on one GPU in nine minutes: make gpu
 
-    python tools/gpu.py                  # everything, into gpu_report.json and tables
+    python tools/gpu.py                  # everything, onto the screen and into gpu_report.json
     python tools/gpu.py kernels steps    # some of: tests kernels sweep steps runs decode
     python tools/gpu.py --smoke          # tiny shapes on a CPU: does this still run?
 
-Each part is a command of its own, with a time of its own; what it finds is written down as it
-comes, so that a cut-off loses nothing. It downloads nothing, and needs what the stages need, pytest
-for the first part and transformers for the last.
+Each part is a command with a time limit. Every row is written as it comes, so that nothing is lost
+when a part is cut off. Nothing is downloaded; the first part needs pytest, the last transformers.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +42,7 @@ PARTS = {
 }
 SMOKE = {"tests": " -k test_the_choice", "decode": " --sequences=2 --batches=2 --rounds=1"
          " --device=cpu --config=configs/amber_tiny.py"}
-SMALL = (" --hidden_size=64 --intermediate_size=64 --num_hidden_layers=1 --num_attention_heads=1"
+SMALL = ("--hidden_size=64 --intermediate_size=64 --num_hidden_layers=1 --num_attention_heads=1"
          " --vocab_size=300 --sequences_per_chunk=32 --seq_len=32 --device=cpu --compile=false"
          " --sources={'text':'docs/*.md'} --workers=1")
 
@@ -55,97 +50,53 @@ SMALL = (" --hidden_size=64 --intermediate_size=64 --num_hidden_layers=1 --num_a
 def rows_of(command: str, seconds: float, smoke: bool) -> Iterator[dict[str, Any]]:
     """The JSON objects that a command prints, as they come; its other lines as {"text": line}."""
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if smoke else {})
-    process = subprocess.Popen([sys.executable, *command.split()], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=environment,
-                               start_new_session=True)
-
-    def end_all() -> None:
-        """The process and those that it has started, which would keep its output open."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    cut_off = threading.Timer(seconds, end_all)
-    cut_off.start()
-    try:
-        for line in process.stdout:
-            try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError):
-                if line.strip():
-                    yield {"text": line.rstrip()}
-        process.wait()
-    finally:
-        cut_off.cancel()
-        end_all()
-    if process.returncode:
+    # `timeout` also ends the processes that the command has started.
+    process = subprocess.Popen(
+        ["timeout", "-s", "KILL", str(seconds), sys.executable, *command.split()], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    for line in filter(str.strip, process.stdout):
+        print(line, end="", flush=True)
+        yield json.loads(line) if line.startswith("{") else {"text": line.rstrip()}
+    if process.wait():
         yield {"text": f"ended with exit status {process.returncode} (-9: after {seconds:.0f} s)"}
 
 
-def show(row: dict[str, Any], columns: list[str]) -> list[str]:
-    """Print a row of a table, with a new head if its columns are not those before."""
-    if "text" in row:
-        print(row["text"], flush=True)
-        return []
-    if list(row) != columns:
-        print("\n| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-    print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
-    return list(row)
-
-
 def runs(smoke: bool) -> Iterator[dict[str, Any]]:
-    """amber_tiny on the CPU and on the GPU, begun and gone on with, one chunk again; then steps of
-    amber_125m."""
+    """amber_tiny on the CPU and on the GPU, straight and resumed, one chunk again; amber_125m."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for deterministic, before CUDA starts
-    chunk = 2 if smoke else 170  # steps
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        tiny = f"configs/amber_tiny.py --data_dir={home}/data --n_chunks=2{SMALL * smoke}"
-        larger = (f"configs/amber_125m.py --data_dir={home}/data_125m --run_dir={home}/125m"
-                  " --tokenizer=bpe --vocab_size=4096 --sources={} --n_chunks=1 --warmup_steps=20"
-                  f" --sequences_per_chunk=3200 --valid_sequences=8 --global_batch_size=16"
-                  f"{SMALL * smoke}")
-        yield from stage(prepare_data.main, tiny)
-        yield from stage(train.main, f"{tiny} --run_dir={home}/cpu --max_steps={chunk}"
-                                     " --device=cpu")
+    chunk, small = (2, SMALL.split()) if smoke else (170, [])  # steps of a chunk, settings
+    with tempfile.TemporaryDirectory() as home:
+        tiny = ["configs/amber_tiny.py", f"--data_dir={home}/data", "--n_chunks=2", *small]
+        if not smoke:
+            subprocess.run([sys.executable, "tools/corpus.py"], check=True)
+        prepare_data.main(tiny)
+        train.main([*tiny, f"--run_dir={home}/cpu", f"--max_steps={chunk}", "--device=cpu"])
         for run, steps in (("gpu", 2 * chunk), ("parts", chunk + 1), ("parts", 2 * chunk)):
-            yield from stage(train.main, f"{tiny} --run_dir={home}/{run} --max_steps={steps}"
-                                         " --deterministic=true")
-        on_cpu, on_gpu = read_metrics(home / "cpu"), read_metrics(home / "gpu")
+            train.main([*tiny, f"--run_dir={home}/{run}", f"--max_steps={steps}",
+                        "--deterministic=true"])
+        on_cpu, on_gpu = read_metrics(f"{home}/cpu"), read_metrics(f"{home}/gpu")
         for step in sorted(on_cpu.keys() & {1, 2, 10, 50, 170}):
             yield {"step": step, "loss on the CPU": on_cpu[step]["loss"],
                    "on the GPU": on_gpu[step]["loss"]}
-        hashes = {read_manifest(home / run / "ckpt_001")["weights_sha256"]
-                  for run in ("gpu", "parts")}
-        yield {"resumed equals straight": len(hashes) == 1}
-        yield from stage(audit.main, f"{home}/gpu --replay=1", show=True)
+        straight, resumed = (read_manifest(Path(home, run, "ckpt_001")) for run in ("gpu", "parts"))
+        yield {"resumed equals straight": straight["weights_sha256"] == resumed["weights_sha256"]}
+        audit.main([f"{home}/gpu", "--replay=1"])
         torch.use_deterministic_algorithms(False)
-        yield from stage(prepare_data.main, larger)
-        yield from stage(train.main, larger)
-        for step, record in read_metrics(home / "125m").items():
+        larger = (f"configs/amber_125m.py --data_dir={home}/data_125m --run_dir={home}/125m"
+                  " --tokenizer=bpe --vocab_size=4096 --n_chunks=1 --warmup_steps=20"
+                  " --sequences_per_chunk=3200 --valid_sequences=8 --global_batch_size=16"
+                  " --sources={'text':'data/corpus/*.jsonl'}").split() + small
+        prepare_data.main(larger)
+        train.main(larger)
+        for step, record in read_metrics(f"{home}/125m").items():
             if step in (1, 10, 50, 100, 200):
-                yield {"amber_125m, step": step, **{key: record[key] for key in (
-                    "loss", "grad_norm", "tokens_per_s", "mfu", "memory_gb")}}
-
-
-def stage(main: Callable[[list[str]], None], words: str, show: bool = False
-          ) -> Iterator[dict[str, Any]]:
-    """Run a stage here; what it prints is a row if that is wanted, and if it fails."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            main(words.split())
-    except Exception as error:
-        show = True
-        printed.write(f"{words}: {type(error).__name__}: {error}")
-    if show:
-        yield {"text": printed.getvalue()}
+                names = ("loss", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
+                yield {"amber_125m, step": step, **{key: record.get(key) for key in names}}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--out", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--runs", action="store_true", help=argparse.SUPPRESS)
@@ -159,23 +110,20 @@ def main(argv: list[str]) -> None:
         return
     if unknown := set(a.parts) - set(PARTS):
         raise UserError(f"There is no part {min(unknown)!r}: choose some of {', '.join(PARTS)}.")
-    import triton  # not everywhere, and there the sentence above has been said
-    card = "CPU" if a.smoke else torch.cuda.get_device_name()
-    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "card": card,
-                              "torch": torch.__version__, "triton": triton.__version__}
-    print(", ".join(f"{key} {value}" for key, value in report.items()))
-    give_up = time.monotonic() + 60 * a.minutes
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+                              "card": "CPU" if a.smoke else torch.cuda.get_device_name()}
+    print(report)
+    deadline = time.monotonic() + 9 * 60
     for part in a.parts or PARTS:
         seconds, command = PARTS[part]
         if a.smoke:
             command += SMOKE.get(part, " --smoke")
-        begin, columns, report[part] = time.monotonic(), [], []
+        report[part] = []
         print(f"\n## {part}", flush=True)
-        for row in rows_of(command, min(seconds, give_up - begin), a.smoke):
-            columns = show(row, columns)
+        seconds = max(1, min(seconds, deadline - time.monotonic()))
+        for row in rows_of(command, seconds, a.smoke):
             report[part].append(row)
             write_json(a.out, report)
-        print(f"\n({part}: {time.monotonic() - begin:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

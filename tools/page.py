@@ -1,22 +1,21 @@
 """A web page that needs nothing else: text, tables and curves (inline SVG) in one HTML file.
 
-For tools/report.py and tools/compare.py. There is no script, no font and no address in it; it looks
-right on a laptop and on a telephone, and in the light or dark colours that the reader has chosen.
+For tools/report.py and tools/compare.py. The page has no script, no font and no address in it. It
+suits a laptop and a telephone, and the light or dark colours that the reader has chosen.
 """
 
 import html
 import io
 import re
-import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import UserError
+import numpy as np
+
 from data import writing
 
-Points = list[tuple[float, float]]  # (tokens or FLOPs, value)
+Points = list[tuple[float, float]]  # (tokens, value)
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #8882; }
@@ -26,88 +25,65 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .6rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 nav a { margin-right: 1.2rem; } a { color: inherit; }
-code, pre { font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--faint);
-      padding: .5rem .7rem; margin: .3rem 0; border-radius: 4px; }
+code { font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 .from { font-size: .82rem; opacity: .75; margin: .3rem 0 1rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .16rem .7rem .16rem 0; text-align: left; vertical-align: top; }
-td { border-top: 1px solid var(--faint); } .n { text-align: right; white-space: nowrap; }
+td { border-top: 1px solid var(--faint); }
 p { overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1rem 1.5rem;
         grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
-figure { margin: 0; max-width: 36rem; } svg { width: 100%; height: auto; display: block; }
-@media print { body { max-width: none; } }
+figure { margin: 0; max-width: 36rem; }
+svg { width: 100%; height: auto; display: block; fill: currentColor; }
 """
-# matplotlib is told to draw text and frames in this colour, for which the page's own is put.
-INK = "#010203"
-
-
-def import_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; UserError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("The pictures need matplotlib, which is not installed here: pip install"
-                        " matplotlib.")
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-    # Letters stay text, which the browser sets in the page's own type: it may have those that
-    # matplotlib's fonts do not.
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
-    # A name with dollar signs is a name, and no formula.
-    style = {"svg.fonttype": "none", "font.family": "serif", "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False, "savefig.transparent": True,
-             "text.parse_math": False}
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
-             "ytick.color")
-    pyplot.rcParams.update(style | dict.fromkeys(inked, INK))
-    return pyplot
-
-
-def draw(work: Callable[[Any], None]) -> str:
-    """A figure as SVG; `work` gets its axis."""
-    pyplot = import_pyplot()
-    figure, axis = pyplot.subplots(figsize=(5.4, 3.5), layout="constrained")
-    work(axis)
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    pyplot.close(figure)
-    # What stands before the drawing names web addresses, and the page has a head of its own.
-    svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :],
-                 flags=re.S)
-    return f"<figure>{printable(svg).replace(INK, 'currentColor')}</figure>"
 
 
 class Panel(NamedTuple):
     title: str
-    x_name: str
     curves: dict[str, Points]
     published: dict[str, Points] = {}  # another run's, dotted in the colour of ours
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib's; inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    # Letters stay text, so the browser draws those that matplotlib's fonts do not have. A name with
+    # dollar signs is not a formula.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "text.parse_math": False,
+                            "font.family": "serif", "axes.spines.top": False,
+                            "axes.spines.right": False, "legend.frameon": False}
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(work: Callable[[Any], None]) -> str:
+    """A figure as SVG; `work` draws on the axis that it gets."""
+    figure, out = new_figure(5.4, 3.5), io.StringIO()
+    work(figure.subplots())
+    figure.savefig(out, format="svg", transparent=True)
+    # matplotlib's head and metadata contain web addresses, and the page has a head of its own.
+    _, tag, svg = out.getvalue().partition("<svg")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", tag + svg, flags=re.S)
+    # Text, frames and ticks are black, and get the page's own colour.
+    return f"<figure>{svg.replace('#000000', 'currentColor')}</figure>"
+
+
+def draw_panel(axis: Any, panel: Panel) -> None:
+    for i, (name, points) in enumerate(panel.curves.items()):
+        # Up to 50 points are checkpoints, and each is marked; more are a curve.
+        axis.plot(*zip(*points), f"C{i}", linewidth=1.2, marker="." if len(points) < 50 else "",
+                  label=name.removeprefix("validation "))
+        if name in panel.published:
+            axis.plot(*zip(*panel.published[name]), f"C{i}:", label=f"{name}, published")
+    axis.set(title=panel.title, xlabel="tokens")
+    axis.legend(fontsize="small")
+
+
 def curve_figures(panels: Sequence[Panel]) -> str:
-    """A figure per panel that has points, side by side where there is room."""
-    figures = []
-    for panel in panels:
-        if not any(panel.curves.values()):
-            continue
-
-        def work(axis: Any, panel: Panel = panel) -> None:
-            for i, (name, points) in enumerate(panel.curves.items()):
-                # A few points are checkpoints, and each is marked; many are a curve.
-                axis.plot([x for x, _ in points], [y for _, y in points], f"C{i}", linewidth=1.2,
-                          marker="." if len(points) < 50 else "",
-                          label=name.removeprefix("validation "))
-                if name in panel.published:
-                    x, y = zip(*panel.published[name])
-                    axis.plot(x, y, f"C{i}:", label=f"{name}, published")
-            axis.set(title=panel.title, xlabel=panel.x_name)
-            axis.legend(fontsize="small")
-
-        figures.append(draw(work))
-    return grid(figures)
+    """A figure for each panel that has curves, side by side where there is room."""
+    return grid([draw(lambda axis, panel=panel: draw_panel(axis, panel))
+                 for panel in panels if panel.curves])
 
 
 def grid(figures: Sequence[str]) -> str:
@@ -117,33 +93,23 @@ def grid(figures: Sequence[str]) -> str:
 def smooth(points: Points) -> Points:
     """At most 85 points, each the mean of neighbours: single steps are noise."""
     size = -(-len(points) // 85) or 1
-    means = []
-    for i in range(0, len(points), size):
-        x, y = zip(*points[i : i + size])
-        means.append((statistics.fmean(x), statistics.fmean(y)))
-    return means
-
-
-def printable(value: Any) -> str:
-    """A value without control characters, which have no place in a page, not even escaped."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [tuple(np.mean(part, axis=0)) for part in parts]
 
 
 def text(value: Any) -> str:
-    """A value as text of the page: what a stranger's file says is never read as HTML."""
-    return html.escape(printable(value))
+    """A value as text of the page. Every value from a file goes through here, because a stranger
+    may have written the file."""
+    return html.escape(str(value))
 
 
-def table(head: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-    """Cells of any values; a column of nothing but numbers stands on the right."""
-    number = re.compile(r"([-+]?\d[\d.,e+-]*%?( ± [\d.]+)?|-)?")
-    kinds = ["n" if all(number.fullmatch(str(cell)) for cell in column) else "t"
-             for column in zip(*lines)]
-    heads = "".join(f'<th class="{kind}">{text(cell)}</th>' for kind, cell in zip(kinds, head))
-    rows = [f"<tr>{heads}</tr>"]
-    for line in lines:
-        cells = "".join(f'<td class="{kind}">{text(cell)}</td>' for kind, cell in zip(kinds, line))
-        rows.append(f"<tr>{cells}</tr>")
+def table(lines: Sequence[Sequence[Any]]) -> str:
+    """Cells of any values, the head in the first line."""
+    rows = []
+    for i, line in enumerate(lines):
+        tag = "td" if i else "th"
+        cells = [f"<{tag}>{text(cell)}</{tag}>" for cell in line]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
@@ -152,9 +118,9 @@ def paragraph(words: str) -> str:
 
 
 def source(*commands: str) -> str:
-    """Where the figures above come from: what to type to have them again."""
-    said = " ; ".join(f"<code>{text(command)}</code>" for command in commands)
-    return f'<p class="from">from {said}</p>'
+    """The files, and the commands to type, that the figures above come from."""
+    codes = " ; ".join(f"<code>{text(command)}</code>" for command in commands)
+    return f'<p class="from">from {codes}</p>'
 
 
 def write_page(path: Path, title: str, intro: str, sections: dict[str, str]) -> None:
@@ -168,4 +134,4 @@ def write_page(path: Path, title: str, intro: str, sections: dict[str, str]) -> 
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <style>{STYLE}</style></head>
 <body><h1>{text(title)}</h1>{intro}<nav>{links}</nav>{body}</body></html>
-""".encode())
+""".encode(errors="replace"))
