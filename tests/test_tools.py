@@ -77,13 +77,14 @@ def test_compare(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     [line] = [line for line in text.splitlines() if " prose  " in line and "0.001 - " in line]
     assert "  2  +0.350 ± 0.050  " in line
     open_page(tmp_path / "compare.html", figures=3)
+    assert len((tmp_path / "compare.csv").read_text().splitlines()) == 1 + len(runs)
     report.main([paths[0], write_run(home, tmp_path / "shorter", steps=10)])
     assert "All are compared at 2,048 tokens" in capsys.readouterr().out
     # Runs of other data, or that validate on other sequences, are not compared seed by seed.
     for other in (home / "run", write_run(home, tmp_path / "other", eval_sequences=2)):
         report.main([*paths, str(other)])
         text = capsys.readouterr().out
-        assert "mean ± standard deviation" in text and "seed by seed" not in text
+        assert "mean ± standard deviation" in text and "no difference is taken" in text
     assert compare.judge([0.1, -0.06])[1] == "nothing yet: more seeds would decide, about 124"
     with pytest.raises(UserError, match="is not the directory of a run"):
         report.main([paths[0], str(tmp_path)])
