@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import sentences  # noqa: E402
-from test_distributed import TORCHRUN, training_processes  # noqa: E402
 from test_train import CONFIG, assert_same_run, metrics  # noqa: E402
 
 import prepare_data  # noqa: E402
@@ -30,15 +29,16 @@ import prepare_data  # noqa: E402
 def start(home: Path, run_dir: Path) -> subprocess.Popen:
     """A run in a session of its own, saving after every step."""
     return subprocess.Popen(
-        [*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", str(home / "mini.py"),
-         f"--run_dir={run_dir}"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train.py", str(home / "mini.py"), f"--run_dir={run_dir}"],
         stdout=open(home / "log", "a"), stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill(process: subprocess.Popen, run_dir: Path, draw: random.Random) -> str:
+def kill(process: subprocess.Popen, draw: random.Random) -> str:
     """SIGKILL all processes, or one that trains and, when the other has noticed, the rest."""
-    pids = training_processes(run_dir)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids = [int(pid) for pid in children.read_text().split()]
     victim = draw.choice(["all", *range(len(pids))])
     if victim != "all":
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -80,7 +80,7 @@ def main() -> None:
         if process.poll() is not None:
             break
         saving = [*killed.glob("*.tmp")] != []
-        who = kill(process, killed, draw)
+        who = kill(process, draw)
         done, inside = done + 1, inside + saving
         print(f"kill {done}: {who}, after step {len(metrics(killed))} of {last}", flush=True)
     finish(home, killed)
