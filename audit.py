@@ -24,19 +24,12 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
+import parallel
 import train
 from configs import Config, UserError, load, run_command, with_recorded
 from data import Data, Visit, load_data, read_json, step_sequences, write_json
 from memorize import ages, choose_chunks, chunk_numbers, double_center, sequence_losses
-from parallel import (
-    all_gather_object,
-    build_for_inference,
-    choose_device,
-    init_distributed,
-    on_rank_zero,
-    rank,
-    world_size,
-)
+from parallel import all_gather_object, choose_device, on_rank_zero, rank, world_size
 
 Losses = dict[tuple[int, int], np.ndarray]  # (index of checkpoint, chunk): (steps, batch), nats
 NEXT = -1  # in the place of a chunk: the batch of the step after the checkpoint, (batch,)
@@ -77,16 +70,16 @@ class Point:
 
 def audit(config: Config, flags: Flags) -> tuple[dict[str, dict[str, str]], list[str]]:
     """All checks but the replay, the cheapest first: the row of each checkpoint, the findings."""
-    init_distributed(config)
-    data = load_data(config.data_dir)
+    parallel.init_distributed(config)
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
+    data = load_data(config.data_dir, config.seq_len)
     paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
-    config = ckpt.with_network(config, paths[0], data)
+    config = ckpt.with_network(config, paths, data.tokenizer)
     points = list_points(config, data, paths)
     points, findings = on_rank_zero(lambda: (points, check_data(data)
                                              + check_files(config, data, points)
                                              + check_tensors(config, data, points)))
-    readable = [point for point in points if point.row["files"] != "unreadable"]
+    readable = [point for point in points if point.row["files"] in ("ok", "no manifest")]
     if flags.sequences and readable:
         chunks = choose_chunks(flags.chunks, chunk_numbers(data))
         losses = measure_losses(config, data, readable, chunks, flags)
@@ -197,6 +190,7 @@ def check_tensors(config: Config, data: Data, points: list[Point]) -> list[str]:
     readable, weights, findings = [], [], []
     for point in points:
         try:
+            ckpt.with_network(config, [point.path], data.tokenizer)
             weights.append(dict(ckpt.read_tensors(point.path)))  # mapped: nothing is read yet
             readable.append(point)
             point.row["twins"] = "none"
@@ -299,7 +293,7 @@ def measure_losses(config: Config, data: Data, points: list[Point], chunks: list
         drawn[chunk] = np.stack([step_sequences(config.seed, chunk, there, step, batch)
                                  for step in chosen])[:, : flags.sequences]
     # torchrun's processes share the checkpoints. Nothing is kept: a file could be changed.
-    model, mine = build_for_inference(config), {}
+    model, mine = parallel.build_for_inference(config), {}
     for k in tqdm(range(rank(), len(points), world_size()), desc="losses", unit="checkpoint",
                   leave=False, disable=True if rank() else None):
         ckpt.load_weights(model, points[k].path, verified=True)
@@ -356,7 +350,6 @@ def check_losses(config: Config, data: Data, points: list[Point], chunks: list[i
                             f" it claims. It looks like the checkpoint after chunk {best[k]}.")
         expected = usual * strength[k - 1]
         for j in np.flatnonzero(claimed):
-            # Only where a usual trace could not have been overlooked.
             if trace[j] > expected / 4 and expected < -6 * error[j]:
                 findings.append(f"trace: {name} shows no trace of chunk {numbers[j]}"
                                 f" ({trace[j]:+.3f} ± {error[j]:.3f} nats, {expected:+.3f} usual).")
@@ -413,7 +406,7 @@ def check_log(config: Config, data: Data, points: list[Point], losses: Losses) -
 def replay(config: Config, which: str) -> list[str]:
     """Train the chunks that end in the checkpoints `which` again ("7", "0,3" or "all"), and print
     those that come out the same; returns what differs."""
-    init_distributed(config)
+    parallel.init_distributed(config)
     findings = []
     for path in ckpt.select_checkpoints(config.run_dir, which):
         try:
@@ -438,6 +431,7 @@ def replay_chunk(config: Config, after: Path) -> str:
     origin = manifest["started_from"]
     config.init_from = config.init_from or origin["path"] if origin else ""
     run = train.start(config)
+    run.started_from = manifest["started_from"]
     visit = next((v for v in run.schedule if v.first_step + v.steps == manifest["step"]), None)
     if visit is None or manifest["data_sha256"] != run.data.sha256:
         raise UserError(f"{after} cannot be replayed: it was trained on other data than"
@@ -490,7 +484,9 @@ def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
     rows, findings = ({}, replay(config, flags.replay)) if flags.replay else audit(config, flags)
     if rows and rank() == 0:
-        # One line per checkpoint, one column per check.
+        for file in (Path(config.run_dir, name) for name in ("eval.jsonl", "memorization.jsonl")):
+            if file.exists():
+                print(f"{file} was not measured again: its stage does that, with --again=true.")
         for name, row in [("checkpoint", dict(zip(COLUMNS, COLUMNS))), *rows.items()]:
             print(f"{name:<12}" + "".join(f"{row.get(column, '-'):>16}" for column in COLUMNS))
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # published weights have no run

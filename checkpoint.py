@@ -33,18 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import parallel
 from configs import Config, ModelConfig, UserError, read_regular, regular, with_recorded
-from data import Data, read_json, sha256_file, sha256_json, write_json, writing
+from data import read_json, sha256_file, sha256_json, write_json, writing
 from model import LLaMA, copy_into_shard
-from parallel import (
-    all_gather_object,
-    build_for_inference,
-    on_all_ranks,
-    on_rank_zero,
-    rank,
-    world_size,
-)
-from tokenizer import Tokenizer, open_tokenizer
+from parallel import on_rank_zero, rank, world_size
+from tokenizer import PROBE, Tokenizer, open_tokenizer
 
 FORMAT = 3  # of the manifest; any other is refused
 # ckpt_007 is the checkpoint at the end of a chunk, step_0000123 a rolling one in between.
@@ -108,11 +102,15 @@ def read_tensors(directory: Path, stem: str = "model") -> Iterator[tuple[str, Te
     names = set()
     for file in tensor_files(directory, stem):
         try:
+            with open(regular(file), "rb") as f:
+                begin = f.read(8)
+            if begin == b"version ":
+                raise ValueError("a pointer of git-lfs: `git lfs pull` gets the file")
             if file.suffix == ".bin":
-                # weights_only: PyTorch's own unpickler, which builds tensors and nothing else
-                tensors = dict(torch.load(regular(file), "cpu", mmap=True, weights_only=True))
+                # weights_only builds tensors and nothing else; mmap needs PyTorch 1.6's archive.
+                tensors = dict(torch.load(file, "cpu", mmap=begin[:2] == b"PK", weights_only=True))
             else:
-                tensors = read_safetensors(regular(file))
+                tensors = read_safetensors(file)
         except Exception as error:  # damaged files raise all kinds
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UserError(f"{file} cannot be read ({reason.splitlines()[0]}): is it whole?")
@@ -126,8 +124,7 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
     """The files that `read_tensors` reads: those of a checkpoint's manifest, or the weights of a
     published directory. UserError if it has none, or two sets of them."""
     home = directory.parent if stem == "optimizer" else directory
-    manifest = read_manifest(home)
-    if manifest:
+    if manifest := read_manifest(home):
         # These alone were hashed: a file that somebody put beside them is never read.
         files = [home / name for name in manifest["files"]]
         return [f for f in files if f.parent == directory and f.match(f"{stem}*.safetensors")]
@@ -159,7 +156,6 @@ LLAMA_PARAMETERS = re.compile(
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
          "partial_rotary_factor": 1.0, "quantization_config": None, "auto_map": None}
 INITIAL = ("initializer_range", "init_truncated", "init_by_depth")  # of no effect on given weights
-PROBE = "The quick brown fox: été, 漢字, 12 345\n\tx = [1]"  # two tokenizers seldom agree on it
 
 
 def hugging_face_config(model: LLaMA, eos_id: int) -> dict[str, Any]:
@@ -216,26 +212,36 @@ def read_network(directory: Path) -> ModelConfig:
     return ModelConfig(**{name: getattr(config, name) for name in ours})
 
 
-def with_network(config: Config, path: Path, data: Data | None = None) -> Config:
-    """The config with the network of a published directory; for a checkpoint of ours, the config
-    itself. UserError unless the data has the tokenizer of `path` and fits its network."""
+def with_network(config: Config, paths: list[Path], tokenizer: Tokenizer | None = None) -> Config:
+    """The config with the network of the first path that has one; of a checkpoint of ours, the
+    config itself. UserError unless its weights belong to the tokenizer whose ids are to be read."""
+    for path in paths[:-1]:
+        with contextlib.suppress(UserError):
+            return with_network(config, [path], tokenizer)
+    path = paths[-1]
     if is_published(path):
         config = replace(config, **asdict(read_network(path)))
-        most = read_json(path / "config.json").get("max_position_embeddings") or config.seq_len
-        if config.seq_len > most:
-            raise UserError(f"seq_len is {config.seq_len}, and {path} reads at most {most} tokens"
-                            " (max_position_embeddings): set it to that or less.")
-    if data and data.n_vocab > config.vocab_size:
-        raise UserError(f"The tokenizer of {data.directory} has {data.n_vocab} token ids, the model"
-                        f" {config.vocab_size} (vocab_size).")
-    if data and (path / "tokenizer.json").exists():
-        # Not by their bytes: LLaMA's tokenizer was published in several forms.
-        theirs, ours = open_tokenizer(path), data.tokenizer
-        ids = [tokenizer.encode(PROBE).tolist() for tokenizer in (theirs, ours)]
-        if ids[0] != ids[1] or theirs.pieces != ours.pieces:
-            raise UserError(f"{data.directory} was made with another tokenizer than {path} has."
-                            " (eval.py --text and --prompt need no data.)")
+    most = read_json(path / "config.json").get("max_position_embeddings") or config.seq_len
+    if config.seq_len > most:
+        raise UserError(f"seq_len is {config.seq_len}, and {path} reads at most {most} tokens"
+                        " (max_position_embeddings): set it to that or less.")
+    if tokenizer:
+        check_ids(path, config, tokenizer)
     return config
+
+
+def check_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """UserError unless a tokenizer gives the ids that the weights of `path` were trained with."""
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.n_vocab} token ids, the model"
+                        f" {config.vocab_size} (vocab_size).")
+    if (path / "tokenizer.json").exists():
+        # Not by their bytes: LLaMA's tokenizer was published in several forms.
+        theirs = open_tokenizer(path)
+        ids = [each.encode(PROBE).tolist() for each in (theirs, tokenizer)]
+        if ids[0] != ids[1] or theirs.pieces != tokenizer.pieces:
+            raise UserError("The data (or, for --text, the first checkpoint) was made with another"
+                            f" tokenizer than {path} has.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,8 +272,6 @@ def verify_checkpoint(path: Path, train_state: bool = False) -> str:
     manifest = read_manifest(path)
     if not manifest:
         return f"manifest.json is missing or damaged, or its format is not {FORMAT}"
-    if train_state and not (path / "train_state").exists():
-        return "train_state is missing"
     for name, expected in manifest["files"].items():
         if name.startswith("train_state/") and not train_state:
             continue  # two thirds of the bytes, which evaluation does not need
@@ -284,9 +288,7 @@ def verify_checkpoint(path: Path, train_state: bool = False) -> str:
 
 def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Fill `model`, sharded or not; UserError if the checkpoint is damaged or another network's.
-
-    Returns its manifest, or {"step": None, "tokens": None} for a published directory.
-    """
+    Returns its manifest, or {"step": None, "tokens": None} for a published directory."""
     path = Path(path)
     if not verified and (problem := verify_checkpoint(path)):
         raise UserError(f"{path}: {problem}.")
@@ -300,6 +302,8 @@ def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict
             problems.append(f"{f.name} is {there!r} there, {here!r} here")
     weights = named_parameters(model)
     tensors = dict(read_tensors(path))  # mapped, so the model is never in memory twice
+    if wrapped := [name for name in tensors if re.search(r"(^|\.)(_orig_mod|\w*module)\.", name)]:
+        raise UserError(f"{path}: {wrapped[0]} is a name that torch.compile or DDP has left.")
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
         head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
@@ -324,15 +328,10 @@ def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict
 
 def load_run(path: str | Path, **settings: Any) -> tuple[LLaMA, Tokenizer]:
     """Model and tokenizer of a run (its newest checkpoint), a checkpoint or a published directory.
-
-        model, tokenizer = load_run("runs/amber_tiny")
-        print(continue_text(model, tokenizer, "import ", 32))  # of model.py
-
-    settings: where and how it computes, like device="cpu" or dtype="float32".
-    """
+    settings: where and how it computes, like device="cpu" or dtype="float32"."""
     path = Path(path)
     path = (list_checkpoints(path) or [path])[-1]
-    model = build_for_inference(Config(**asdict(read_network(path)), **settings))
+    model = parallel.build_for_inference(Config(**asdict(read_network(path)), **settings))
     load_weights(model, path)
     return model, open_tokenizer(path)
 
@@ -368,9 +367,7 @@ def optimizer_tensors(model: LLaMA, optimizers: list[Optimizer],
 
 def load_optimizer(model: LLaMA, optimizers: list[Optimizer], path: Path) -> None:
     """Fill the optimizers' state from a verified checkpoint; the weights are to be loaded after it.
-
-    Learning rate, betas and so on stay those of the config. UserError if the state does not fit.
-    """
+    Learning rate, betas and so on stay those of the config. UserError if the state does not fit."""
     # An optimizer makes its state in its first step. A step at rate 0 makes the same here, of the
     # right types and sharded alike, and then all values are replaced.
     for optimizer in optimizers:
@@ -409,10 +406,8 @@ class Saving(NamedTuple):
 
 def begin_save(path: Path, model: LLaMA, optimizers: list[Optimizer], tokenizer: Tokenizer,
                metadata: dict[str, Any], pool: ThreadPoolExecutor) -> Saving:
-    """Copy the state of training to the host, and begin to write it in a thread of `pool`.
-
-    All processes call this, and `finish_save` when `share` is done in all of them.
-    """
+    """Copy the state of training to the host, and begin to write it in a thread of `pool`. All
+    processes call this, and `finish_save` when `share` is done in all of them."""
     tmp = path.with_name(f"{path.name}.tmp")
     on_rank_zero(lambda: (tmp / "train_state").mkdir(parents=True))
     # No state of a random generator is saved, because nothing in training draws from one.
@@ -424,9 +419,7 @@ def begin_save(path: Path, model: LLaMA, optimizers: list[Optimizer], tokenizer:
 
 def copy_to_host(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Whole float32 copies on the host of this process's share: tensor i goes to process i mod N.
-
-    Sharded tensors are gathered one at a time, so that no device ever holds more than one whole.
-    """
+    Sharded tensors are gathered one at a time: no device ever holds more than one whole."""
     mine = []
     for i, (name, tensor) in enumerate(tensors.items()):
         # Every process takes part in gathering every tensor, even one that it does not keep.
@@ -456,11 +449,9 @@ def write_share(tmp: Path, model: LLaMA, tokenizer: Tokenizer, weights: list[tup
 
 def finish_save(saving: Saving) -> str:
     """Wait until all processes have written their shares, and publish; returns weights_sha256.
-
-    All processes call this; UserError in all of them if one could not write.
-    """
+    All processes call this; UserError in all of them if one could not write."""
     try:
-        shares = on_all_ranks(saving.share.result)
+        shares = parallel.on_all_ranks(saving.share.result)
         return on_rank_zero(lambda: publish(saving, shares))
     except OSError as error:
         if rank() == 0:
@@ -576,8 +567,7 @@ def drop_old_checkpoints(run_dir: Path, keep_rolling: int, keep_train_state: int
 def weights_hash(path: Path) -> str:
     """A hash that changes with the weights: weights_sha256 of a checkpoint, or one of the files of
     a published directory, which takes about a minute for a 7B."""
-    manifest = read_manifest(path)
-    if manifest:
+    if manifest := read_manifest(path):
         return manifest["weights_sha256"]
     files = [path / "config.json", *tensor_files(path)]
     return sha256_json([sha256_file(regular(file)) for file in files])
@@ -662,48 +652,57 @@ class Evaluation(NamedTuple):
     run: Callable[[LLaMA], Any]  # -> JSON
 
 
-def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path],
-                         evaluations: list[Evaluation]) -> list[dict[str, Any]]:
-    """The result of every evaluation of every checkpoint, in that order.
-
-    Each is a line of `file`, and is not measured again. torchrun's processes share the work, and
-    meet at the start and at the end. A checkpoint that cannot be loaded is named and left out.
-    """
+def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluations: list[Evaluation],
+                         tokenizer: Tokenizer, again: bool = False) -> list[dict[str, Any]]:
+    """The result of every evaluation of every checkpoint, in that order. Each is a line of `file`,
+    and is measured only once, unless `again`. A checkpoint that cannot be loaded, or whose ids are
+    not the tokenizer's, is named and left out. torchrun's processes share the work."""
     # A process waits at the end for the slowest. If one dies, torchrun ends the others.
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-    # A result belongs to weights, data and settings, and not to the name of a checkpoint.
-    hashes = on_rank_zero(lambda: [weights_hash(path) for path in paths])
-    requests = []  # (checkpoint, evaluation, cache key)
-    for path, weights in zip(paths, hashes):
-        for evaluation in evaluations:
-            key = {"weights": weights, "dtype": str(model.dtype)[6:],
-                   "evaluation": evaluation.name, "inputs": evaluation.inputs}
-            requests.append((path, evaluation, json.dumps(key)))
+    problems: dict[Path, str] = {}  # a long evaluation must not end at one bad file of a hundred
+
+    def identify(path: Path) -> dict[str, Any]:
+        manifest = read_manifest(path)
+        try:
+            with_network(model.config, [path], tokenizer)
+            return {"checkpoint": path.name, "step": manifest.get("step"),
+                    "tokens": manifest.get("tokens"), "of": weights_hash(path)}
+        except (OSError, UserError) as error:
+            problems[path] = str(error)
+            return {}
+
+    requests = []  # (checkpoint, evaluation, its result's line without the result)
+    for path, line in zip(paths, on_rank_zero(lambda: [*map(identify, paths)])):
+        for e in evaluations if line else []:
+            # A result belongs to weights, data and settings, not to the name of a checkpoint.
+            key = {"weights": line["of"], "dtype": str(model.dtype)[6:], "evaluation": e.name,
+                   "inputs": e.inputs}
+            requests.append((path, e, line | {"evaluation": e.name, "of": key}))
     # Process 0 reads for all: the file grows as soon as one process has begun.
-    known = on_rank_zero(lambda: set(cached_results(file)))
-    todo = [request for request in requests if request[2] not in known]
+    known = on_rank_zero(lambda: {} if again else cached_results(file))
+    todo = [request for request in requests if json.dumps(request[2]["of"]) not in known]
+    if rank() == 0 and len(todo) < len(requests):
+        tqdm.write(f"{len(requests) - len(todo)} results were measured before, and are those of"
+                   f" {file} (--again=true measures anew).")
     # Neighbours in this list share a checkpoint, and to load one is expensive.
     begin, end = (len(todo) * r // world_size() for r in (rank(), rank() + 1))
-    problems: dict[Path, str] = {}
     for path, group in itertools.groupby(todo[begin:end], key=lambda request: request[0]):
         try:
-            manifest = load_weights(model, path)
-        except UserError as error:  # a long evaluation must not end at one bad file of a hundred
+            load_weights(model, path)
+        except UserError as error:
             problems[path] = str(error)
-            tqdm.write(f"Skipping {error}")
             continue
-        for _, evaluation, key in tqdm([*group], desc=path.name, leave=False, disable=None):
-            append_record(file, {
-                "checkpoint": path.name, "step": manifest["step"], "tokens": manifest["tokens"],
-                "evaluation": evaluation.name, "result": evaluation.run(model),
-                "of": json.loads(key)})
-    for theirs in all_gather_object(problems):
+        for _, e, line in tqdm([*group], desc=path.name, leave=False, disable=None):
+            append_record(file, line | {"result": e.run(model)})
+    for theirs in parallel.all_gather_object(problems):
         problems |= theirs
+    for problem in problems.values() if rank() == 0 else []:
+        tqdm.write(f"Skipping {problem}")
     cached = cached_results(file)
-    # Two checkpoints with the same weights share a result, and keep their own names.
-    results = [cached[key] | {"checkpoint": path.name} for path, _, key in requests
-               if path not in problems]
+    # Two checkpoints with the same weights share a result, and keep their own names and steps.
+    results = [cached[json.dumps(line["of"])] | line | {"path": path}
+               for path, _, line in requests if path not in problems]
     if not results:
         raise UserError(f"No checkpoint could be measured: {[*problems.values()][0]}")
     return results

@@ -174,8 +174,8 @@ class Data:
             raise UserError(f"{path} differs: its sha256 is {sha256}, not {file['sha256']}.")
 
 
-def load_data(directory: str | Path) -> Data:
-    """Open a prepared data set; UserError if there is none, or one of another format."""
+def load_data(directory: str | Path, window: int = 2**31) -> Data:
+    """Open a prepared data set of up to `window` tokens a sequence; UserError if there is none."""
     path = Path(directory, "manifest.json")
     if not path.exists():
         raise UserError(f"{directory} has no prepared data (no manifest.json): run"
@@ -185,6 +185,8 @@ def load_data(directory: str | Path) -> Data:
         raise UserError(f"{path} is damaged or of format {manifest.get('format')}; this code reads"
                         f" format {FORMAT}: prepare the data anew.")
     data = Data(Path(directory), manifest)
+    if data.seq_len > window:
+        raise UserError(f"{directory} has sequences of {data.seq_len} tokens; seq_len is {window}.")
     for file in data.files:
         # A data set may be a stranger's: no name may lead out of its directory.
         if Path(file["file"]).is_absolute() or ".." in Path(file["file"]).parts:

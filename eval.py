@@ -42,6 +42,7 @@ class Flags:
 
     checkpoints: str = "all"  # "last", "7", "0,4,9" or paths; "all" = one per chunk
     text: str = ""  # a text file: its perplexity, and nothing else
+    again: bool = False  # measure anew what eval.jsonl has
     stride: int = 0  # tokens scored per window of --text; 0 = half a window
     sequences: int = 1000  # validation sequences of each source; 0 = all
     batch: int = 32  # sequences in memory at a time
@@ -95,7 +96,6 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    # Made of validation sequences: see synthetic_questions.
     "continuation": Task("acc"),
     "recall": Task("acc"),
     # The files of these must be downloaded. Shots are those of LLM360's evaluation of Amber.
@@ -133,7 +133,6 @@ A: The 1992 Olympics were held in Barcelona, Spain."""  # Lin et al. 2021
 def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
     """An entry of a data set: (a context per choice, the choices, 1 where a choice is right)."""
     if task == "arc_challenge":
-        # The answer is a label, one of A to E or of 1 to 5.
         context, choices = f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"]
         gold = doc["choices"]["label"].index(doc["answerKey"])
     elif task == "hellaswag":
@@ -149,7 +148,6 @@ def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
         context = "\n".join([doc["question"].strip(), *listed, "Answer:"])
         choices, gold = list("ABCD"), doc["answer"]
     elif task in ("truthfulqa_mc1", "truthfulqa_mc2"):
-        # mc1 has one right choice, mc2 several.
         context = f"{TRUTHFULQA_PROMPT}\n\nQ: {doc['question']}\nA:"
         targets = doc[task.removeprefix("truthfulqa_") + "_targets"]
         choices, gold = targets["choices"], targets["labels"]
@@ -157,7 +155,6 @@ def format_doc(task: str, doc: dict) -> tuple[list[str], list[str], np.ndarray]:
         context = f"Question: {doc['goal']}\nAnswer:"
         choices, gold = [doc["sol1"], doc["sol2"]], doc["label"]
     elif task == "winogrande":
-        # Each name is put into the gap, and the rest of the sentence is scored after it.
         before, _, after = doc["sentence"].partition("_")
         context = [before + doc["option1"], before + doc["option2"]]
         choices, gold = [after.strip()] * 2, int(doc["answer"]) - 1
@@ -385,7 +382,6 @@ def score_questions(model: LLaMA, questions: list[Question], metric: str,
         points["acc"].append(question.gold[values.argmax()])
         # Per character, or short choices would have an advantage.
         points["acc_norm"].append(question.gold[(values / question.lengths).argmax()])
-        # The true choices' share of the probability of all choices.
         points["mc2"].append(question.gold @ np.exp(values - np.logaddexp.reduce(values)))
     n, chance = len(questions), math.fsum(question.gold.mean() for question in questions)
     result: dict[str, Any] = {"metric": metric, "n": n, "chance": chance / n}
@@ -500,16 +496,16 @@ def table(entries: list[dict[str, Any]], kind: str) -> str:
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
     which = "last" if flags.prompt and flags.checkpoints == "all" else flags.checkpoints
-    paths = ckpt.select_checkpoints(config.run_dir, which)
-    data = None if flags.prompt or flags.text else load_data(config.data_dir)
-    config = ckpt.with_network(config, paths[0], data)
-    tokenizer = data.tokenizer if data else open_tokenizer(paths[-1])
+    paths = ckpt.select_checkpoints(config.run_dir, which)[-1 if flags.prompt else 0 :]
+    data = None if flags.prompt or flags.text else load_data(config.data_dir, config.seq_len)
+    tokenizer = data.tokenizer if data else open_tokenizer(paths[0])
+    config = ckpt.with_network(config, paths, data and tokenizer)
     model, path = build_for_inference(config), paths[-1]
     if not flags.prompt:
         evaluations = (list_evaluations(config, data, flags) if data
                        else [text_evaluation(config, tokenizer, flags)])
         file = Path(config.run_dir, "eval.jsonl")
-        results = ckpt.evaluate_checkpoints(file, model, paths, evaluations)
+        results = ckpt.evaluate_checkpoints(file, model, paths, evaluations, tokenizer, flags.again)
         if rank():
             return
         entries = by_checkpoint(results)
@@ -517,7 +513,6 @@ def main(argv: list[str]) -> None:
         for kind, title in (("text", "bits per byte"), ("tasks", "accuracy")):
             if last[kind]:
                 print(f"{title}\n{table(entries, kind)}\n")
-        # Published weights do not tell at which step and after how many tokens they were saved.
         at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
         print(f"{'checkpoint':>24}: {last['checkpoint']}{at}, {model.n_params:,} parameters")
         for name, r in last["text"].items():
@@ -527,7 +522,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:>24}: {r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f}"
                   f" of {r['n']:,} (chance {r['chance']:.3f})")
         # The sample is of the last one in the tables: a newer one may be damaged.
-        path = [path for path in paths if path.name == last["checkpoint"]][-1]
+        path = [r["path"] for r in results if r["checkpoint"] == last["checkpoint"]][-1]
     ckpt.load_weights(model, path)
     prompt = flags.prompt or config.sample_prompt
     text = continue_text(model, tokenizer, prompt, flags.tokens, flags.temperature)

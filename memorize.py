@@ -44,6 +44,7 @@ class Flags:
     k: int = 32  # tokens of the prompt
     l: int = 32  # tokens after it that are compared
     batch: int = 250  # sequences in memory at a time
+    again: bool = False  # measure anew what memorization.jsonl has
 
 
 @torch.inference_mode()
@@ -102,7 +103,6 @@ def measure(token_ids: np.ndarray, flags: Flags, model: LLaMA) -> dict[str, list
         matches, log_p = greedy_matches(model, batch, k)
         result["matches"] += matches.sum(1).tolist()
         result["suffix_log_p"] += [round(x, 5) for x in log_p.tolist()]
-    # Whole sequences are longer, so fewer of them fit into the same memory.
     losses = sequence_losses(model, token_ids, max(1, flags.batch * end // token_ids.shape[1]))
     return result | {"loss": [round(x, 5) for x in losses.tolist()]}
 
@@ -124,7 +124,6 @@ def chunk_numbers(data: Data) -> list[int]:
     """The chunks' numbers: 0, 1, ..., or 355 for one that was made from Amber's train_355.jsonl."""
     chunks = data.manifest["chunks"]
     endings = [re.search(r"\d+$", chunk.get("made_from", "")) for chunk in chunks]
-    # The files' own numbers make ages right in any selection of the released chunks.
     numbers = [int(ending[0]) for ending in endings if ending]
     return numbers if len(set(numbers)) == len(chunks) else list(range(len(chunks)))
 
@@ -338,7 +337,7 @@ def choose_chunks(which: str, numbers: list[int]) -> list[int]:
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
-    data = load_data(config.data_dir)
+    data = load_data(config.data_dir, config.seq_len)
     if flags.k + flags.l > data.seq_len + 1:
         raise UserError(f"--k + --l = {flags.k + flags.l} tokens are asked for, but a"
                         f" sequence of {config.data_dir} has {data.seq_len + 1}.")
@@ -348,16 +347,15 @@ def main(argv: list[str]) -> None:
     if not flags.checkpoints:  # ten as in the paper, evenly spaced, the last among them
         n = min(10, len(paths))
         paths = [paths[math.ceil(i * len(paths) / n) - 1] for i in range(1, n + 1)]
-    config = with_network(config, paths[0], data)
-
-    # A cell is measured again only if the weights or one of these inputs have changed.
+    config = with_network(config, paths, data.tokenizer)
     inputs = [flags.k, flags.l, flags.sequences, config.seed, data.sha256]
     evaluations = []
     for chunk in chunks:
         run = functools.partial(measure_chunk, config, data, chunk, flags)
         evaluations.append(Evaluation(f"chunk {numbers[chunk]}", inputs, run))
     model, out = build_for_inference(config), Path(config.run_dir)
-    records = evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations)
+    records = evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations,
+                                   data.tokenizer, flags.again)
     if rank() == 0:
         summary = summarize(config, data, records, chunks, flags)
         print(summary_text(summary))

@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional as F
 
 import kernels
-from configs import ModelConfig
+from configs import ModelConfig, UserError
 
 # The letters in the shape comments below:
 #   B  sequences of a batch             D  hidden size, the width of the residual stream
@@ -108,7 +108,6 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, S, K, h) each
         # A query sees the keys up to its own position. The scores (B, H, T, S) never exist whole.
         y = kernels.attention(q, k, v, self.scale)  # (B, T, H, h)
-        # The heads stand side by side again, and the last matrix mixes them.
         return self.o_proj(y.view(B, T, H * h))  # (B, T, H, h) -> (B, T, H * h) -> (B, T, D)
 
 
@@ -263,6 +262,9 @@ class LLaMA(nn.Module):
     def generate(self, prompts: list[list[int]], n: int, temperature: float = 0.0,
                  top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
         """The n tokens after each prompt, one list per prompt; all prompts have one length."""
+        if (largest := max(map(max, prompts))) >= self.config.vocab_size:
+            raise UserError(f"The prompt has token id {largest}, which is beyond the embedding"
+                            f" (vocab_size = {self.config.vocab_size}).")
         ids = torch.tensor(prompts, device=self.lm_head.weight.device)  # (B, T)
         cache = KVCache(self, len(prompts), ids.shape[1] + n)
         # A generator of its own: the global random state belongs to training.
@@ -270,7 +272,6 @@ class LLaMA(nn.Module):
         tokens = []
         for _ in range(n):
             logits = self(ids, cache=cache, logits_to_keep=1)  # (B, 1, V)
-            # The cache holds what came before, so the next pass needs the new token alone.
             ids = sample(logits[:, 0].float(), temperature, top_p, generator)[:, None]  # (B, 1)
             tokens.append(ids)
         return torch.cat(tokens, 1).tolist() if tokens else [[] for _ in prompts]  # (B, n)

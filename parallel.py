@@ -106,10 +106,8 @@ def micro_batches(config: Config, world: int) -> int:
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of the arithmetic; also sets the CPU's threads and malloc.
-
-    Raises UserError if the device is not there.
-    """
+    """The device and the type of the arithmetic; also sets the CPU's threads and malloc. UserError
+    if the device is not there."""
     tune_cpu(config.threads)
     name = config.device
     if name == "auto":

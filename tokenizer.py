@@ -102,6 +102,8 @@ class Tokenizer:
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
         self.pieces = text_pieces | {token["id"]: token["content"].encode() for token in added}
         self.eos_id, self.n_vocab = self.specials[eos], max(self.pieces) + 1
+        if self.n_vocab > 1 << 24:  # a stranger's file must not take all memory
+            raise ValueError(f"it has the token id {self.n_vocab - 1}, and 2**24 ids are the most")
         self.token_bytes = np.zeros(self.n_vocab, np.int64)
         for i in self.pieces.keys() - self.specials.values():
             self.token_bytes[i] = len(self.pieces[i])
@@ -113,8 +115,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32, no BOS, no EOS."""
-        # Names of specials are ordinary text: no document can end itself, or begin another.
-        return self.core.encode_to_numpy(replace_invalid_utf8(text), disallowed_special=())
+        text = replace_invalid_utf8(text)
+        try:
+            # Names of specials are ordinary text: no document can end itself, or begin another.
+            return self.core.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # patterns that look ahead (GPT-2's) fail at a million spaces in a row
+            ids = map(self.core._encode_single_piece, regex.findall(self.core._pat_str, text))
+            return np.concatenate([*ids]).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Half a character or an unknown id becomes U+FFFD."""
@@ -210,7 +217,6 @@ class LlamaTokenizer(Tokenizer):
         others = {"", *byte_names, *(token["content"] for token in added)}
         pieces = [piece for piece in vocab if piece not in others]
         id_of = {spell(piece).encode(): vocab[piece] for piece in pieces}
-        # A merge is "a b" or, in newer files, ["a", "b"].
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         whole = [len(p) == 1 or regex.fullmatch(LLAMA_PATTERN, spell(p)) for p in pieces]
         # tiktoken merges whatever makes a piece, so all those merges must be in the file.
@@ -352,7 +358,6 @@ def open_tokenizer(path: Path) -> Tokenizer:
 def load_tokenizer(directory: Path, entry: dict[str, Any]) -> Tokenizer:
     """A saved tokenizer, from what `save` returned; OSError or ValueError if the file is not what
     was saved, UserError if this code cannot read it."""
-    # One wrong merge gives wrong ids, and wrong bits per byte, without an error anywhere.
     sha256 = hashlib.sha256(read_regular(directory / "tokenizer.json")).hexdigest()
     if sha256 != entry["sha256"] or open_tokenizer(directory).entry != entry:
         raise ValueError("it is not the tokenizer that the manifest describes")

@@ -421,7 +421,9 @@ def begin(run: Run, path: Path | None) -> None:
         for optimizer in run.optimizers:
             optimizer.state.clear()
         run.step, run.parent = 0, {}
-        run.started_from = initial_weights(run.model, run.config)
+        if run.config.init_from:
+            ckpt.check_ids(Path(run.config.init_from), run.config, run.data.tokenizer)
+        run.started_from = initial_weights(run.model, run.config, run.started_from)
         return
     ckpt.load_optimizer(run.model, run.optimizers, path)
     manifest = ckpt.load_weights(run.model, path, verified=True)
@@ -431,15 +433,19 @@ def begin(run: Run, path: Path | None) -> None:
         run.parent = {"checkpoint": path.name, "weights_sha256": manifest["weights_sha256"]}
 
 
-def initial_weights(model: LLaMA, config: Config) -> dict[str, Any]:
-    """Fill in the weights of init_from, else random ones; returns the manifest's "started_from"."""
+def initial_weights(model: LLaMA, config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the weights of init_from, else random ones; returns the manifest's "started_from",
+    which must be as `recorded` if the run has begun before."""
     if not config.init_from:
         model.init_weights(config.init_seed or config.seed)
         return {}
     source = ckpt.load_weights(model, config.init_from)
+    weights = ckpt.weights_hash(Path(config.init_from))
+    if recorded.get("weights_sha256", weights) != weights:
+        raise UserError(f"{config.init_from} has other weights than this run began with: it was"
+                        " made anew since. --init_from=PATH says where those are now.")
     return {"path": config.init_from, "step": source["step"], "tokens": source["tokens"],
-            "data_sha256": source.get("data_sha256"),
-            "weights_sha256": ckpt.weights_hash(Path(config.init_from))}
+            "data_sha256": source.get("data_sha256"), "weights_sha256": weights}
 
 
 def history(run: Run, step: int) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def show_losses(config: Config, data: Data, places: list[Place]) -> None:
         print(f"{config.run_dir} has no checkpoint, so there are no losses of these places.")
         return
     started_from = ckpt.read_manifest([*paths.values()][-1])["started_from"]
-    config.init_from = started_from["path"] if started_from else ""
+    config.init_from = config.init_from or started_from["path"] if started_from else ""
     paths[0] = config.init_from or "the initial weights"
     ends = [(k, visit.chunk, step) for k, place in enumerate(places)
             for visit, _ in steps_of(config, data, place)
@@ -198,7 +198,7 @@ def show_losses(config: Config, data: Data, places: list[Place]) -> None:
         if step:
             ckpt.load_weights(model, paths[step])
         else:
-            train.initial_weights(model, config)
+            train.initial_weights(model, config, started_from)
         for k, place in enumerate(places):
             losses[k, step] = f"{passage_loss(model, data, place):.3f} ({paths[step]})"
     print("The losses of these passages, in nats per token, before and after their chunk:")
