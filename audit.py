@@ -118,8 +118,7 @@ def rate_sums(data: Data, points: list[Point]) -> np.ndarray:
     return np.array(sums)
 
 
-# ---------------------------------------------------------------------------------------------
-# files: are they whole, do they name each other, do the weights move along one path?
+# ---- files: are they whole, do they name each other, do the weights move along one path?
 
 
 def check_data(data: Data) -> list[str]:
@@ -277,8 +276,7 @@ def check_path(config: Config, data: Data, points: list[Point],
     return findings
 
 
-# ---------------------------------------------------------------------------------------------
-# losses: has a checkpoint seen what it claims, and does the log have its losses?
+# ---- losses: has a checkpoint seen what it claims, and does the log have its losses?
 
 
 def measure_losses(config: Config, data: Data, points: list[Point], chunks: list[int],
@@ -399,8 +397,7 @@ def check_log(config: Config, data: Data, points: list[Point], losses: Losses) -
     return findings
 
 
-# ---------------------------------------------------------------------------------------------
-# replay: a run is a pure function of its settings and data, so any chunk can be trained again
+# ---- replay: a run is a pure function of its settings and data, so any chunk can be trained again
 
 
 def replay(config: Config, which: str) -> list[str]:

@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import parallel
-from configs import Config, ModelConfig, UserError, read_regular, regular, with_recorded
-from data import read_json, sha256_file, sha256_json, write_json, writing
+from configs import Config, ModelConfig, UserError, open_ours, read_regular, regular, with_recorded
+from data import read_json, remove, sha256_file, sha256_json, to_json, write_json, writing
 from model import LLaMA, copy_into_shard
 from parallel import on_rank_zero, rank, world_size
 from tokenizer import PROBE, Tokenizer, open_tokenizer
@@ -46,8 +46,7 @@ NAME = re.compile(r"ckpt_\d{3,}|step_\d{7,}")
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-# ---------------------------------------------------------------------------------------------
-# safetensors: eight bytes of length, a JSON header of that length, raw numbers
+# ---- safetensors: eight bytes of length, a JSON header of that length, raw numbers
 
 
 def write_safetensors(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, str]:
@@ -59,12 +58,10 @@ def write_safetensors(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that every number begins at a multiple of its size
-    with open(path, "wb") as f:
+    with writing(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in tensors:
             f.write(raw_bytes(tensor))
-        f.flush()
-        os.fsync(f.fileno())
     return {name: sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors}
 
 
@@ -142,8 +139,7 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
     raise UserError(f"{directory} has no weights, neither model.safetensors nor pytorch_model.bin.")
 
 
-# ---------------------------------------------------------------------------------------------
-# config.json, ours and others'
+# ---- config.json, ours and others'
 
 # The settings and the parameters that transformers' LLaMA has. A model with another setting or
 # another parameter is not called a LLaMA.
@@ -244,8 +240,7 @@ def check_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
                             f" tokenizer than {path} has.")
 
 
-# ---------------------------------------------------------------------------------------------
-# reading a checkpoint
+# ---- reading a checkpoint
 
 
 def is_published(path: Path) -> bool:
@@ -390,8 +385,7 @@ def load_optimizer(model: LLaMA, optimizers: list[Optimizer], path: Path) -> Non
         raise UserError(f"{path} cannot be resumed: no optimizer here has {[*saved][0]}.")
 
 
-# ---------------------------------------------------------------------------------------------
-# writing a checkpoint: every process writes its share, then process 0 publishes all of them
+# ---- writing a checkpoint: every process writes its share, then process 0 publishes all of them
 
 
 class Saving(NamedTuple):
@@ -495,16 +489,13 @@ def sync_directory(directory: Path) -> None:
     os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------------
-# the checkpoints of a run
+# ---- the checkpoints of a run
 
 
 def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
     """(sound checkpoints by their step, those whose manifest is missing or damaged) of a run."""
-    steps = {}
-    for path in sorted(Path(run_dir).glob("*_*")):
-        if NAME.fullmatch(path.name) and path.is_dir():
-            steps[path] = read_manifest(path).get("step")
+    steps = {path: read_manifest(path).get("step")
+             for path in sorted(Path(run_dir).glob("*_*")) if NAME.fullmatch(path.name)}
     sound = [path for path in steps if steps[path] is not None]
     return sorted(sound, key=steps.get), [path for path in steps if path not in sound]
 
@@ -521,34 +512,25 @@ def checkpoint_at(run_dir: str | Path, step: int) -> Path | None:
 
 
 def delete_directory(path: Path) -> None:
-    """Remove a checkpoint or a training state. Of a link nothing but the link is removed."""
+    """Remove a checkpoint. Of a link nothing but the link is removed."""
     # First its name, so that a kill in the middle leaves nothing that looks like a checkpoint.
     gone = path.with_name(f"{path.name}.tmp")
     remove(gone)
     remove(path.rename(gone))
 
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that must not count any more to NAME.aside; nothing is lost."""
     target = path.with_name(f"{path.name}.aside")
-    while target.exists():
+    while os.path.lexists(target):
         target = target.with_name(f"{target.name}.aside")
     return path.rename(target)
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a kill left of a save or of a deletion, ckpt_007.tmp or train_state.tmp."""
-    run_dir = run_dir.resolve()
-    for path in [*run_dir.glob("*.tmp"), *run_dir.glob("*/train_state.tmp")]:
-        ours = NAME.match(path.relative_to(run_dir).parts[0])
-        if ours and not path.parent.is_symlink():  # a link to a checkpoint of another run
+    """Remove what a kill left of a save or of a deletion, ckpt_007.tmp or ckpt_007_state.tmp."""
+    for path in run_dir.glob("*.tmp"):
+        if NAME.match(path.name):
             remove(path)
 
 
@@ -560,8 +542,8 @@ def drop_old_checkpoints(run_dir: Path, keep_rolling: int, keep_train_state: int
     for path in rolling[: max(0, len(rolling) - keep_rolling)]:
         delete_directory(path)
     for path in list_checkpoints(run_dir)[:-keep_train_state] if keep_train_state else []:
-        if (path / "train_state").exists() and not path.is_symlink():
-            delete_directory(path / "train_state")
+        if (path / "train_state").exists() and not path.is_symlink():  # a link to another run's
+            remove((path / "train_state").rename(path.with_name(f"{path.name}_state.tmp")))
 
 
 def weights_hash(path: Path) -> str:
@@ -596,8 +578,7 @@ def select_checkpoints(run_dir: str, which: str) -> list[Path]:
     return paths
 
 
-# ---------------------------------------------------------------------------------------------
-# lines of JSON: records that are only ever added to
+# ---- lines of JSON: records that are only ever added to
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -621,11 +602,10 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a .jsonl file that others may be adding to, and a kill may have cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)  # published weights have no run
     # O_APPEND, and no buffer: a line is one write to the end, so lines of two processes never mix.
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o666), "r+b", buffering=0) as f:
+    with open_ours(path, "append") as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
         torn = f.read(1) not in (b"", b"\n")  # the line that was cut short is ended
-        line = b"\n" * torn + json.dumps(record).encode() + b"\n"
+        line = b"\n" * torn + to_json(record)
         try:
             while line:  # a disk that is almost full takes a part, and refuses the rest
                 line = line[f.write(line) :]
@@ -637,11 +617,10 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replace a .jsonl file, so that what is appended next begins on a line of its own."""
     with writing(path) as f:
-        f.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        f.writelines(map(to_json, records))
 
 
-# ---------------------------------------------------------------------------------------------
-# measuring checkpoints: each once, the work divided among torchrun's processes
+# ---- measuring checkpoints: each once, the work divided among torchrun's processes
 
 
 class Evaluation(NamedTuple):
@@ -680,13 +659,14 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
                    "inputs": e.inputs}
             requests.append((path, e, line | {"evaluation": e.name, "of": key}))
     # Process 0 reads for all: the file grows as soon as one process has begun.
-    known = on_rank_zero(lambda: {} if again else cached_results(file))
-    todo = [request for request in requests if json.dumps(request[2]["of"]) not in known]
+    results = on_rank_zero(lambda: {} if again else cached_results(file))
+    todo = [request for request in requests if json.dumps(request[2]["of"]) not in results]
     if rank() == 0 and len(todo) < len(requests):
         tqdm.write(f"{len(requests) - len(todo)} results were measured before, and are those of"
                    f" {file} (--again=true measures anew).")
     # Neighbours in this list share a checkpoint, and to load one is expensive.
     begin, end = (len(todo) * r // world_size() for r in (rank(), rank() + 1))
+    measured, unwritten = {}, ""
     for path, group in itertools.groupby(todo[begin:end], key=lambda request: request[0]):
         try:
             load_weights(model, path)
@@ -694,14 +674,24 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
             problems[path] = str(error)
             continue
         for _, e, line in tqdm([*group], desc=path.name, leave=False, disable=None):
-            append_record(file, line | {"result": e.run(model)})
-    for theirs in parallel.all_gather_object(problems):
-        problems |= theirs
+            measured[json.dumps(line["of"])] = line | {"result": e.run(model)}
+            try:
+                json.dumps(measured[json.dumps(line["of"])], allow_nan=False)
+                append_record(file, measured[json.dumps(line["of"])])
+            except ValueError:
+                problems[path] = f"{path}: the result of {e.name} is not finite."
+                break
+            except OSError as error:  # as in a run of somebody else's
+                unwritten = f"{file} could not be written ({error.strerror})."
+    if unwritten:
+        tqdm.write(f"{unwritten} What was measured now is shown, and not kept.")
+    for theirs in parallel.all_gather_object((measured, problems)):
+        results |= theirs[0]
+        problems |= theirs[1]
     for problem in problems.values() if rank() == 0 else []:
         tqdm.write(f"Skipping {problem}")
-    cached = cached_results(file)
     # Two checkpoints with the same weights share a result, and keep their own names and steps.
-    results = [cached[json.dumps(line["of"])] | line | {"path": path}
+    results = [results[json.dumps(line["of"])] | line | {"path": path}
                for path, _, line in requests if path not in problems]
     if not results:
         raise UserError(f"No checkpoint could be measured: {[*problems.values()][0]}")

@@ -16,14 +16,15 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from configs import Config, UserError, read_regular, regular
+from configs import Config, UserError, open_ours, read_regular, regular
 from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 3  # of the manifest and of the files that it lists; any other is refused
@@ -51,8 +52,7 @@ def sequence_dtype(seq_len: int, n_vocab: int) -> np.dtype:
     return np.dtype([("source", "u1"), ("number", "<u4"), ("token_ids", ids, (seq_len + 1,))])
 
 
-# ---------------------------------------------------------------------------------------------
-# a data set
+# ---- a data set
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,6 @@ class Data:
         # They are anywhere in the file, and the system would read hundreds of KiB around each.
         chunk.base.madvise(mmap.MADV_RANDOM)
         return chunk[numbers]
-
-    def source_of(self, i: int, number: int) -> str:
-        """The name of the source of sequence `number` of chunk i."""
-        return self.sources[self.chunk(i)["source"][number]]
 
     def validation(self, source: str) -> np.ndarray:
         """The validation sequences of a source, as `chunk`; UserError if it has none."""
@@ -213,8 +209,7 @@ def check_data_settings(config: Config, data: Data,
                         " another --data_dir, or after deleting it.")
 
 
-# ---------------------------------------------------------------------------------------------
-# the data order: a pure function of the config
+# ---- the data order: a pure function of the config
 
 
 @functools.lru_cache(maxsize=2)
@@ -281,8 +276,7 @@ def step_to_visit(schedule: list[Visit], step: int) -> tuple[Visit, int]:
     raise UserError(f"There is no step {step}: the run has {total} steps, and the first is 0.")
 
 
-# ---------------------------------------------------------------------------------------------
-# files
+# ---- files
 
 
 def sha256_file(path: Path) -> str:
@@ -311,7 +305,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     # So a file that has its name is complete, even after a kill or a loss of power.
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with open(unfinished, "wb") as f:
+        with open_ours(unfinished) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -321,16 +315,30 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON, in which a number that is not finite is null: the standard has no NaN."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(value, indent=indent).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, as `writing` does."""
     with writing(path) as f:
-        f.write(json.dumps(value, indent=1).encode() + b"\n")
+        f.write(to_json(value, indent=1))
 
 
-def lock_directory(directory: Path) -> TextIO:
+def remove(path: Path) -> None:
+    """Delete a file or a directory of ours; of a link nothing but the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock_directory(directory: Path) -> BinaryIO:
     """Hold a lock on a directory while the returned file is open; UserError if another process
     holds it. The system releases it when the process ends, however that happens."""
-    lock = open(directory / "lock", "w")
+    lock = open_ours(directory / "lock", "lock")
     try:
         # LOCK_NB: fail at once instead of waiting for the other process, which may train for weeks.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

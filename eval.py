@@ -84,8 +84,7 @@ def text_figures(nats: float, tokens: float, n_bytes: float) -> dict[str, float]
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-# ---------------------------------------------------------------------------------------------
-# questions: the files of benchmarks, and how they become token ids
+# ---- questions: the files of benchmarks, and how they become token ids
 
 
 class Task(NamedTuple):
@@ -301,8 +300,7 @@ def synthetic_questions(data: Data, name: str) -> list[Question]:
     return questions
 
 
-# ---------------------------------------------------------------------------------------------
-# scoring: the log-likelihood of every choice, and everything that is measured with it
+# ---- scoring: the log-likelihood of every choice, and everything that is measured with it
 
 
 def log_likelihoods(model: LLaMA, questions: list[list[Request]], batch: int) -> list[np.ndarray]:

@@ -26,8 +26,7 @@ import kernels
 from configs import Config, UserError
 from model import LLaMA, meta_model
 
-# ---------------------------------------------------------------------------------------------
-# processes
+# ---- processes
 
 
 def rank() -> int:
@@ -95,14 +94,10 @@ def micro_batches(config: Config, world: int) -> int:
         raise UserError(f"global_batch_size ({config.global_batch_size}) must be a multiple of"
                         f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
                         f" {unit}).")
-    if config.same_bits and world > 1 and config.parallel != "fsdp":
-        raise UserError(f"same_bits needs parallel = 'fsdp', found {config.parallel!r}: the order"
-                        " is kept in FSDP's sums.")
     return config.global_batch_size // unit
 
 
-# ---------------------------------------------------------------------------------------------
-# the device of a process
+# ---- the device of a process
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -163,8 +158,7 @@ def build_for_inference(config: Config) -> LLaMA:
     return model.materialize(device)
 
 
-# ---------------------------------------------------------------------------------------------
-# sharing out the model
+# ---- sharing out the model
 
 
 def shard_size(config: Config, world: int) -> int:

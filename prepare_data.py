@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -60,6 +60,9 @@ class Work(NamedTuple):
 def main(argv: list[str]) -> None:
     """Make the data set of a config, or continue it; a finished one is left as it is."""
     config, _ = load(argv)
+    if any(Path(word).is_dir() for word in argv):
+        raise UserError("Give a config file: a run directory, which may be a stranger's, does not"
+                        " say where data is written and what it is made of.")
     directory, scratch = Path(config.data_dir), Path(config.data_dir, "unfinished")
     if (directory / "manifest.json").exists():
         there = data.load_data(directory)
@@ -85,8 +88,7 @@ def main(argv: list[str]) -> None:
     print(summary(data.load_data(directory)))
 
 
-# ---------------------------------------------------------------------------------------------
-# a document is read
+# ---- a document is read
 
 
 def find_files(pattern: str) -> list[str]:
@@ -217,8 +219,7 @@ def naming(path: str, items: Iterator) -> Iterator:
         raise UserError(f"{path} cannot be read: {error or type(error).__name__}.")
 
 
-# ---------------------------------------------------------------------------------------------
-# documents become tokens
+# ---- documents become tokens
 
 
 def from_text(work: Work, tokenizer: tk.Tokenizer, files: Files) -> dict[str, Any]:
@@ -378,8 +379,7 @@ def list_documents(work: Work, files: Files) -> list[dict[str, str]]:
             for path in sorted(folder.iterdir())]
 
 
-# ---------------------------------------------------------------------------------------------
-# sequences are dealt to chunks, and chunks are written
+# ---- sequences are dealt to chunks, and chunks are written
 
 
 @dataclass
@@ -494,8 +494,7 @@ def writing_array(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
         np.lib.format.write_array_header_1_0(f, header | {"shape": (n,)})
 
 
-# ---------------------------------------------------------------------------------------------
-# chunks that LLM360 released: lines of {"token_ids": [...], "source": ...}, a file for each chunk
+# ---- chunks that LLM360 released: a file of lines {"token_ids": [...], "source": ...} for each
 
 
 def from_released(work: Work, tokenizer: tk.Tokenizer, files: Files) -> dict[str, Any]:
@@ -619,8 +618,7 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------
-# what goes in, and where the data set is made
+# ---- what goes in, and where the data set is made
 
 
 def find_inputs(config: Config) -> Files:
@@ -655,11 +653,12 @@ def check_name(name: str) -> None:
                         " digits and . _ + -")
 
 
-def begin(config: Config, files: Files, scratch: Path) -> TextIO:
+def begin(config: Config, files: Files, scratch: Path) -> BinaryIO:
     """Make data/NAME/unfinished, or clear it if it was begun with other settings or inputs; returns
     a lock on it. UserError if data/NAME holds other files, or another process works in it."""
     directory = scratch.parent
-    if not (scratch / "lock").exists() and any(not p.is_dir() for p in directory.rglob("*")):
+    ours = (scratch / "lock").exists() and not scratch.is_symlink()
+    if not ours and any(path.is_symlink() or not path.is_dir() for path in directory.rglob("*")):
         raise UserError(f"{directory} exists, but has no manifest.json: it is not a data set."
                         " Delete it, or choose another place with --data_dir.")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -679,10 +678,8 @@ def begin(config: Config, files: Files, scratch: Path) -> TextIO:
     # The old key goes first: if this is killed, what is left must not be taken for finished work.
     (scratch / "key.json").unlink(missing_ok=True)
     for path in (*scratch.iterdir(), *(directory / d for d in ("train", "valid", "documents"))):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink(missing_ok=True)
+        if path.name != "lock":
+            data.remove(path)
     data.write_json(scratch / "key.json", key)
     return lock
 

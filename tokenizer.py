@@ -24,7 +24,7 @@ import numpy as np
 import regex  # comes with tiktoken; the standard library's re has no \p{L}
 import tiktoken
 
-from configs import Config, UserError, read_regular
+from configs import Config, UserError, open_ours, read_regular
 
 EOT = "<|endoftext|>"
 # As in LLaMA's, a digit is a word of its own, and a word includes the character before it. GPT-4's
@@ -132,8 +132,10 @@ class Tokenizer:
     def save(self, directory: Path) -> dict[str, Any]:
         """Write tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same
         ids; returns the entry of a manifest, for `load_tokenizer`."""
-        (directory / "tokenizer.json").write_bytes(self.data)
-        (directory / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        config = json.dumps(self.config, indent=1).encode() + b"\n"
+        for name, content in (("tokenizer.json", self.data), ("tokenizer_config.json", config)):
+            with open_ours(directory / name) as f:
+                f.write(content)
         return self.entry
 
 
@@ -307,9 +309,8 @@ def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
         try:
             named = tiktoken.get_encoding(name)
         except (ValueError, OSError) as error:  # no such name; no network
-            raise UserError(f"tokenizer: tiktoken cannot load {name!r} ({type(error).__name__}); it"
-                            f" downloads {', '.join(tiktoken.list_encoding_names())}."
-                            ' Without a network take "bpe" or "hf:PATH".')
+            raise UserError(f"tokenizer: tiktoken cannot download {name!r} ({error}). Without a"
+                            ' network take "bpe" or "hf:PATH".')
         tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
                               named._special_tokens)
     else:

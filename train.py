@@ -6,15 +6,14 @@
 
 The clock is the optimizer step, counted from 1. Everything that happens at step N (its sequences,
 its learning rate) is a pure function of the config and N, so a run that is stopped and resumed is
-the same as one that is not: bit for bit on CPUs. A signal (Ctrl-C, SIGTERM, SIGUSR1) saves at the
-end of the step and stops. Another run needs another --run_dir; to go back to an earlier checkpoint,
-move the newer ones away. checkpoint.py describes the format of a checkpoint.
+the same as one that is not: bit for bit on CPUs. A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) saves
+at the end of the step and stops. Another run needs another --run_dir; to go back to an earlier
+checkpoint, move the newer ones away. checkpoint.py describes the format of a checkpoint.
 """
 
 import contextlib
 import functools
 import gc
-import json
 import math
 import os
 import platform
@@ -38,7 +37,7 @@ from tqdm import tqdm
 import checkpoint as ckpt
 import kernels
 import parallel
-from configs import Config, ModelConfig, UserError, load, run_command
+from configs import Config, ModelConfig, UserError, load, open_ours, run_command
 from data import (
     Data,
     Visit,
@@ -92,9 +91,11 @@ class Run:
     def log(self, text: str) -> None:
         """Print a line and add it to train.log, in process 0."""
         if rank() == 0:
-            tqdm.write(text)
-            with open(self.dir / "train.log", "a", encoding="utf-8") as f:
-                f.write(text + "\n")
+            # A full disk or a terminal that has gone does not end a run: metrics.jsonl records it.
+            with contextlib.suppress(OSError), open_ours(self.dir / "train.log", "append") as f:
+                f.write(f"{text}\n".encode(errors="replace"))
+            with contextlib.suppress(OSError):
+                tqdm.write(text)
 
 
 def main(argv: list[str]) -> None:
@@ -120,8 +121,10 @@ def main(argv: list[str]) -> None:
         run.log("\n".join([*notes, *(f"{key:>16}: {value}" for key, value in lines.items())]))
 
         # A handler only takes a note, which all processes look at together, after the step.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda got, _: setattr(run, "signal", signal.Signals(got).name))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                signal.signal(number,
+                              lambda got, _: setattr(run, "signal", signal.Signals(got).name))
         # Automatic garbage collection would pause each process at a different step; all would wait.
         gc.disable()
         stack.callback(gc.enable)
@@ -192,8 +195,7 @@ def main(argv: list[str]) -> None:
             run.log(f"Finished: {run.step} steps in {run.dir}.")
 
 
-# ---------------------------------------------------------------------------------------------
-# one optimizer step
+# ---- one optimizer step
 
 
 class Batch(NamedTuple):
@@ -340,8 +342,7 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     return config.min_learning_rate + left[config.lr_schedule] * span
 
 
-# ---------------------------------------------------------------------------------------------
-# starting
+# ---- starting
 
 
 def data_for(config: Config) -> Data:
@@ -501,8 +502,7 @@ def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# between the steps
+# ---- between the steps
 
 
 def look(run: Run, chunk_done: bool) -> tuple[dict[str, Any], str]:
@@ -522,8 +522,7 @@ def look(run: Run, chunk_done: bool) -> tuple[dict[str, Any], str]:
 def log_step(run: Run, record: dict[str, Any], last_step: int, bar: tqdm, sample: str) -> None:
     """Add a line to metrics.jsonl, move the bar and, for some steps, add lines to train.log."""
     if rank() == 0:
-        with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        ckpt.append_record(run.dir / "metrics.jsonl", record)
     r = dict.fromkeys(("loss", "grad_norm", "lr"), math.nan) | record  # not there if left out
     bar.update()
     bar.set_postfix_str(f"loss {r['loss']:.3f}, {r['tokens_per_s']:,} tok/s")

@@ -15,12 +15,13 @@ import math
 import os
 import re
 import runpy
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, BinaryIO, Literal, get_args, get_origin
 
 
 class UserError(Exception):
@@ -36,12 +37,24 @@ def regular(path: str | Path) -> Path:
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The bytes of a regular file; every OSError names the file."""
-    try:
-        return regular(path).read_bytes()
-    except OSError as error:
-        error.filename = str(path)  # a failing disk reports no name
-        raise
+    """The bytes of a regular file; OSError if it cannot be read."""
+    return regular(path).read_bytes()
+
+
+def open_ours(path: Path, how: Literal["new", "append", "lock"] = "new") -> BinaryIO:
+    """Open a file of a run or a data set for writing; all of them are opened here. In a stranger's
+    directory train.log may be a link to ~/.bashrc: a link, a pipe or a device is replaced."""
+    there = path.lstat() if os.path.lexists(path) else None
+    if there and (how == "new" or not stat.S_ISREG(there.st_mode)):
+        path.unlink()
+    elif there and how == "append" and there.st_nlink > 1:
+        # A second name of a file of another run, as `cp -al` makes: that one must not grow.
+        with open_ours(path.with_name(f"{path.name}.tmp")) as copy:
+            copy.write(path.read_bytes())
+        os.replace(copy.name, path)
+    flags = {"new": os.O_EXCL, "append": os.O_APPEND, "lock": 0}[how]
+    return open(path, "r+b", -1 if how == "new" else 0, opener=lambda name, _: os.open(
+        name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666))
 
 
 @dataclass
@@ -246,7 +259,8 @@ def read_config(path: str) -> dict[str, Any]:
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(f"{path} is not the directory of a run: it has no config.json as"
                             " train.py writes it. (Checkpoints are named by --checkpoints=PATH.)")
-        # A run may have been moved, and to a machine with another device.
+        # A run may have been moved, and to a machine with another device. What else it says of
+        # places may be a stranger's choice, and is only read: prepare_data.py takes no run.
         names = {f.name for f in fields(Config)} - {"device", "kernels"}
         return {key: recorded[key] for key in names & recorded.keys()} | {"run_dir": path}
     if not Path(path).is_file():
@@ -329,7 +343,8 @@ def check(c: Config) -> None:
     longest_sample = max(1024, c.seq_len)  # every checkpoint waits for its sample
     rules = [
         # A slip, or a stranger's config.json, must not make tensors for hours.
-        (c.vocab_size <= 2**24, "vocab_size", "at most 2**24"),
+        *((getattr(c, key) <= 2**24, key, "at most 2**24") for key in (
+            "vocab_size", "hidden_size", "intermediate_size", "seq_len", "n_chunks", "epochs")),
         (c.num_hidden_layers <= 10_000, "num_hidden_layers", "at most 10,000"),
         (c.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads})"),
         (heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} query heads"),
@@ -345,6 +360,8 @@ def check(c: Config) -> None:
          f"at most learning_rate ({c.learning_rate})"),
         (not c.same_bits or c.reduce_dtype == "float32", "reduce_dtype",
          "'float32' with same_bits: a single process does not round its gradients"),
+        (not c.same_bits or c.parallel == "fsdp", "parallel",
+         "'fsdp' with same_bits: the order is kept in FSDP's sums"),
         (re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", c.device), "device",
          "'auto', 'cpu', 'cuda' or 'cuda:N'"),
         (re.fullmatch("bpe|(hf|tiktoken|data):.+", c.tokenizer), "tokenizer",
@@ -401,6 +418,7 @@ def help_text(config: Config, flags: Any) -> str:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a stage's `main` on the words of the command line. What a person can act on is printed
     as one sentence, with exit status 1; any other exception keeps its traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a shell's >&- has closed it
     # A terminal that cannot show a letter shows a question mark.
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -409,9 +427,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on from what was finished.")
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
-        # Python flushes stdout once more as it exits, which must not fail a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)  # without the flush at Python's exit, which would fail once more
     except (UserError, OSError) as error:
         if isinstance(error, UserError):
             sys.exit(str(error))

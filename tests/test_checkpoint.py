@@ -344,6 +344,5 @@ def test_nothing_is_deleted_or_written_through_a_link(saved: Path, tmp_path: Pat
     assert [path.name for path in run.iterdir()] == ["step_0000002"]
     assert sorted(other.rglob("*")) == before
     (run / "eval.jsonl").symlink_to(tmp_path / "bashrc")
-    with pytest.raises(OSError, match="eval.jsonl"):
-        ckpt.append_record(run / "eval.jsonl", {"a": 1})
+    ckpt.append_record(run / "eval.jsonl", {"a": 1})
     assert not (tmp_path / "bashrc").exists()

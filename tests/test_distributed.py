@@ -144,7 +144,7 @@ def test_nothing_ended_but_what_should(runs: Path) -> None:
     wrong = {name: end for name, end in ENDED.items() if end}
     assert wrong.keys() == {"groups of three", "other sums", "loss", "gradient"}
     assert "cannot be divided into groups of 3" in wrong["groups of three"]
-    assert "same_bits needs parallel = 'fsdp', found 'hsdp'" in wrong["other sums"]
+    assert "parallel must be 'fsdp' with same_bits" in wrong["other sums"]
 
 
 def test_two_and_four_processes_train_the_run_of_one(runs: Path) -> None:

@@ -237,7 +237,7 @@ def test_extractible_sequences_are_shown(tmp_path: Path, capsys: pytest.CaptureF
         *recited]
     for text, i in zip(summary["extractible"], recited):
         ids = chunk["token_ids"][i]
-        assert text == {"chunk": 1, "sequence": i, "source": data.source_of(1, i),
+        assert text == {"chunk": 1, "sequence": i, "source": data.sources[chunk["source"][i]],
                         "prompt": data.tokenizer.decode(ids[:31]),
                         "continuation": data.tokenizer.decode(ids[31:32])}
     assert summary["cells"][0][0]["extractible"] == pytest.approx(len(recited) / len(chunk))

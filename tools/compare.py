@@ -9,6 +9,7 @@ seed, because what the seed does to both of a pair cancels in their difference.
 """
 
 import csv
+import io
 import math
 import statistics
 from itertools import combinations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import list_checkpoints, read_manifest, read_metrics, read_records, weights_hash
-from configs import Config, UserError, load
+from configs import Config, UserError, load, open_ours
 from data import load_data, read_json, sha256_json
 from eval import by_checkpoint
 from model import meta_model
@@ -193,6 +194,6 @@ def main(argv: list[str]) -> None:
     path = Path(argv[0]).absolute().parent / "compare.html"
     write_page(path, " and ".join(runs), paragraph(f"python tools/report.py {' '.join(argv)}"),
                {"Figures": figures, "Curves": curve_figures(panels(runs))})
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as f:
+    with io.TextIOWrapper(open_ours(path.with_suffix(".csv")), "utf-8", newline="") as f:
         csv.writer(f).writerows(zip(*run_lines(runs, differing, at)))
     print(f"Curves: {path}; figures: {path.with_suffix('.csv')}")

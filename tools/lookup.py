@@ -133,7 +133,8 @@ def find(config: Config, text: str) -> None:
           + f", the first {SHOWN}" * (total > SHOWN))
     for k, place in enumerate(places, 1):
         steps = [f"step {step}" for _, step in steps_of(config, data, place)]
-        print(f"{k:>2}: {data.source_of(place.chunk, place.sequence)}, chunk {place.chunk} sequence"
+        source = data.sources[data.chunk(place.chunk)["source"][place.sequence]]
+        print(f"{k:>2}: {source}, chunk {place.chunk} sequence"
               f" {place.sequence}, tokens {place.first} to {place.last}, byte {place.byte}:"
               f" {' and '.join(steps) or 'not read'}")
         print(f"    {json.dumps(place.context, ensure_ascii=False)}")

@@ -57,7 +57,7 @@ def data_section(config: Config) -> str:
         paragraph(f"{n:,} sequences of {data.seq_len} + 1 tokens in {len(m['chunks'])} chunks, seen"
                   f" {config.epochs} x; tokenizer {m['tokenizer']['kind']} with {data.n_vocab:,}"
                   f" ids; sha256 of the manifest {data.sha256}."),
-        table([head, *lines]), source(f"python prepare_data.py {config.run_dir}"),
+        table([head, *lines]), source(f"python prepare_data.py configs/{config.name}.py"),
         paragraph(f"Step s (from 0) of chunk c reads default_rng([{config.seed}, c]).permutation(n)"
                   f"[s*B:(s+1)*B] of its n sequences, with B = {config.global_batch_size}. In a"
                   f" later pass p the key is [{config.seed}, c, p]."),
