@@ -7,15 +7,13 @@
 A document is read from a file, and perhaps held out for validation. It becomes tokens and one
 end-of-document token, and follows its predecessor in the token file of its source. That file is cut
 into sequences of seq_len + 1 tokens, the sequences are dealt to the chunks as cards are dealt, and
-the chunks are written. The manifest comes last.
-
-The same command continues a preparation that was stopped: a file that has its name is complete. The
-bytes depend on the text and the settings alone. docs/data.md describes the formats.
+the chunks are written. The manifest comes last. The same command continues a preparation that was
+stopped: a file that has its name is complete. docs/data.md describes the formats.
 """
 
 import contextlib
+import fnmatch
 import functools
-import glob
 import gzip
 import io
 import json
@@ -28,9 +26,7 @@ import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,10 +37,12 @@ import data
 import tokenizer as tk
 from configs import Config, UserError, load, run_command
 
-SAMPLE_BYTES = 10 << 20  # of text, to train a tokenizer on
+SAMPLE = 10 << 20  # characters of text, to train a tokenizer on
 BLOCK = 4096  # sequences in memory at a time: 16 MB at Amber's length
+FIELDS = ("text", "content")  # RedPajama, C4 and SlimPajama; RefinedWeb and StarCoder
+NO_TEXT = 'not JSON with a string "text" or "content"'
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # in the place of a large file
 BAR = {"leave": False, "disable": None}  # of tqdm: at a terminal, and not in a log file
-
 Files = dict[str, list[str]]  # paths by source
 
 
@@ -68,9 +66,10 @@ def main(argv: list[str]) -> None:
         there = data.load_data(directory)
         data.check_data_settings(config, there, may_differ=())
         shutil.rmtree(scratch, ignore_errors=True)  # a kill may have come right before this
-        print("Nothing to do (to prepare it anew, delete it): " + summary(there))
+        print("Nothing to do (to prepare it anew, delete it): " + summary(config, there))
         return
-    files = find_inputs(config)
+    passed: dict[str, str] = {}  # paths that are not read, and why
+    files = find_inputs(config, passed)
     with begin(config, files, scratch):
         tokenizer, entry = save_tokenizer(config, scratch, files)
         dtype = data.sequence_dtype(config.seq_len, tokenizer.n_vocab)
@@ -80,52 +79,76 @@ def main(argv: list[str]) -> None:
             name, valid = source["name"], made["valid"]
             source["valid_sequences"] = sum(f["sequences"] for f in valid if f["source"] == name)
             source["train_sequences"] = sum(chunk["sources"][name] for chunk in made["chunks"])
+        made["dropped"] += Counter(passed.values())
         data.write_json(directory / "manifest.json", {
             "format": data.FORMAT, "settings": data.data_settings(config), "tokenizer": entry,
             "seq_len": config.seq_len, "seed": config.seed,
             "dtype": np.lib.format.dtype_to_descr(dtype), **made})
         shutil.rmtree(scratch)
-    print(summary(data.load_data(directory)))
+    print(summary(config, data.load_data(directory)))
 
 
 # ---- a document is read
 
 
-def find_files(pattern: str) -> list[str]:
-    """The regular files of a path, a glob or a folder, sorted."""
-    paths: list[str] = []
-    for place in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
-        if not os.path.isdir(place):
-            paths.append(place)
-        for folder, folders, names in os.walk(place):
-            # os.walk goes into the folders that are left in its list: not into .git and the like.
-            folders[:] = sorted(name for name in folders if name[0] != ".")
-            paths += [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
-    # A glob can match a folder and what is in it: a file counts once, where it came first.
-    paths = list(dict.fromkeys(paths))
-    # Reading a pipe would wait for ever, and a link may lead nowhere.
-    files = [path for path in paths if os.path.isfile(path)]
+def find_files(pattern: str, passed: dict[str, str]) -> list[str]:
+    """The regular files of a path, a glob or a folder, sorted; `passed` gets why others are not."""
+    names: dict[str, str] = {}  # what the folders that were met are called, by real path
+
+    def find(folder: str, parts: list[str]) -> Iterator[str]:
+        # The paths in a folder that match the parts of a glob; ** is any number of folders.
+        if not parts:
+            yield folder
+            return
+        part, path, inside = parts[0], os.path.join(folder, parts[0]), []
+        if part == "**":
+            # Links are followed, and each folder is read once, so that a loop of links ends.
+            if names.setdefault(os.path.realpath(folder), folder) != folder:
+                passed[folder] = "folder that is read under another name"
+                return
+            yield from find(folder, parts[1:])
+        # A name that exists is that name, and not the glob that it would be.
+        elif part != "*" and os.path.lexists(path):
+            yield from find(path, parts[1:])
+            return
+        try:
+            inside = sorted(os.listdir(folder or "."))
+        except OSError:
+            if os.path.isdir(folder or "."):
+                passed[folder] = "folder that may not be read"
+        for name in fnmatch.filter(inside, part):
+            path = os.path.join(folder, name)
+            if name[0] == "." and part[0] != ".":
+                passed[path] = "hidden (its name begins with a dot)"
+            elif part != "**":
+                yield from find(path, parts[1:])
+            elif os.path.isdir(path):
+                yield from find(path, parts)
+
+    files: dict[str, None] = {}  # each once: a glob can match a file and its folder
+    start = os.path.expanduser(pattern)
+    parts = [part for part in start.split("/")[:-1] if part] + [os.path.basename(start)]
+    for place in sorted(find("/" if start.startswith("/") else "", parts)):
+        folder = place[:1] + place[1:].rstrip("/")  # text/*/ gives text/a/, but / is /
+        for path in find(folder, ["**", "*"]) if os.path.isdir(place or ".") else [place]:
+            if not os.path.isfile(path):
+                if not os.path.isdir(path or "."):  # a pipe, where reading would wait for ever
+                    passed[path] = "not a regular file"
+            elif os.path.getsize(path) < 1024 and Path(path).read_bytes().startswith(LFS_POINTER):
+                passed[path] = "git-lfs pointer (git lfs pull gets the file)"
+            else:
+                files[path] = None
     if not files:
-        hint = " python tools/corpus.py writes it." if pattern.startswith("data/corpus/") else ""
-        raise UserError(f"There is no regular file at {pattern} ({len(paths)} other names).{hint}")
-    if len(files) < len(paths):
-        print(f"Left out at {pattern}: {len(paths) - len(files)} x not a regular file.")
-    return files
+        raise UserError(f"There is no regular file at {pattern} (passed over:"
+                        f" {dict(Counter(passed.values())) or 'nothing'})."
+                        " python tools/corpus.py writes those in data/corpus.")
+    return list(files)
 
 
 def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
     """The documents of a file: valid Unicode, none empty. `notes` counts by reason what was left
     out, and as "repaired" the documents that were not valid."""
-    # The name tells what a file holds, once the ending of its compression is taken off.
-    name = re.sub(r"\.(gz|zst)$", "", path.lower())
-    if name.endswith((".jsonl", ".ndjson")) or name.endswith(".json") and is_json_lines(path):
-        texts = (text for _, text in read_lines(path, parse_text, on_bad_line, notes))
-    elif name.endswith((".json", ".csv", ".tsv")):
-        notes["a table or JSON, but not JSON Lines: convert it to .jsonl"] += 1
-        return
-    else:
-        texts = (read_parquet if name.endswith(".parquet") else read_text)(path, notes)
-    for text in naming(path, texts):
+    for text in naming(path, read_file(path, on_bad_line, notes)):
         valid = tk.replace_invalid_utf8(text)
         notes["repaired"] += valid is not text
         if valid:
@@ -134,78 +157,81 @@ def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator
             notes["empty document"] += 1
 
 
-def read_text(path: str, notes: Counter[str]) -> Iterator[str]:
-    """A file of any other name is one document."""
-    with open_input(path) as f:
-        head = f.read(8192)
-        # Pictures, archives and programs have NUL bytes, and text has none.
-        if b"\0" in head:
-            notes["binary file"] += 1
-            return
-        # surrogateescape turns invalid bytes into lone surrogates; read_documents replaces those.
-        yield (head + f.read()).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+def read_file(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+    """The texts of a file. The ending of its name tells how it holds them."""
+    name = re.sub(r"\.(gz|zst)$", "", path.lower())
+    if name.endswith(".parquet"):
+        yield from read_parquet(path, notes)
+    # C4's and Dolma's files end in .json. In folders of code those are the settings of programs.
+    elif name.endswith((".jsonl", ".ndjson")) or name.endswith(".json") and is_json_lines(path):
+        yield from (text for _, text in read_lines(path, text_of, NO_TEXT, on_bad_line, notes))
+    elif name.endswith((".json", ".csv", ".tsv")):
+        notes["a table or JSON, but not JSON Lines: convert it to .jsonl"] += 1
+    else:
+        with open_input(path) as f:
+            head = f.read(8192)
+            # Pictures, archives and programs have NUL bytes, and text has none.
+            if b"\0" in head:
+                notes["binary file"] += 1
+            else:
+                # read_documents replaces the lone surrogates that invalid bytes become here.
+                yield (head + f.read()).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
-def read_lines(path: str, parse: Callable[[bytes], Any], on_bad_line: str,
+def read_lines(path: str, parse: Callable[[Any], Any], expected: str, on_bad_line: str,
                notes: Counter[str]) -> Iterator[tuple[int, Any]]:
-    """(number, parse(line)) of the lines of a file, counted from 0. A line for which `parse` raises
-    ValueError is counted in `notes`, or ends the preparation."""
+    """(number, parse(JSON)) of the lines of a file, counted from 0. A line that is not what is
+    expected, for which `parse` fails, is counted in `notes`, or ends the preparation."""
     with open_input(path) as f:
         for number, line in enumerate(f):
+            text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            if not text.strip():
+                continue
             try:
-                value = parse(line)
-            except ValueError as reason:
+                value = parse(json.loads(text))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 if on_bad_line == "stop":
-                    raise UserError(f"{path}, line {number + 1}: {reason} (found {line[:40]!r})."
+                    raise UserError(f"{path}, line {number + 1}: {expected} (found {line[:40]!r})."
                                     " --on_bad_line=skip leaves such lines out and counts them.")
-                notes[str(reason)] += 1
+                notes[expected] += 1
             else:
                 yield number, value
 
 
-def parse_text(line: bytes) -> str:
-    """The text of a line of JSON."""
-    with contextlib.suppress(ValueError, RecursionError, AttributeError):
-        record = json.loads(line.decode("utf-8", "surrogateescape"))
-        # RedPajama, C4 and SlimPajama have "text", RefinedWeb and StarCoder "content".
-        text = record.get("text", record.get("content"))
-        if isinstance(text, str):
-            return text
-    raise ValueError('not JSON with a string "text" or "content"')
+def text_of(record: dict[str, Any]) -> str:
+    """The text of a document with other fields; LookupError if it has none."""
+    texts = [text for key in FIELDS if isinstance(text := record.get(key), str)]
+    return texts[0] or texts[-1]
 
 
 def is_json_lines(path: str) -> bool:
-    """Whether the first line of a .json file is a document, as C4's and Dolma's are. In folders of
-    code such files are the settings of programs."""
-    lines = naming(path, read_lines(path, parse_text, "skip", Counter()))
-    return next(lines, (1, ""))[0] == 0
+    """Whether the first line of a file that is not blank is a document, perhaps without text."""
+    try:
+        _, record = next(read_lines(path, dict, NO_TEXT, "stop", Counter()), (0, {}))
+    except UserError:
+        return False
+    return any(isinstance(record.get(key, 0), str | None) for key in FIELDS)
 
 
 def read_parquet(path: str, notes: Counter[str]) -> Iterator[str]:
     """A row is a document."""
     from pyarrow.parquet import ParquetFile  # optional: pip install pyarrow
     file = ParquetFile(path)
-    columns = [name for name in ("text", "content") if name in file.schema_arrow.names]
-    if not columns:
-        raise ValueError(f"no column text or content, only {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(1024, columns=columns[:1]):
-        for text in batch.column(0).to_pylist():
-            if isinstance(text, str):
-                yield text
-            else:
-                notes[f"no string in {columns[0]}"] += 1
+    columns = [name for name in FIELDS if name in file.schema_arrow.names]
+    for batch in file.iter_batches(1024, columns=columns):
+        for record in batch.to_pylist():
+            try:
+                yield text_of(record)
+            except LookupError:
+                notes[f"no string in {' or '.join(columns or FIELDS)}"] += 1
 
 
 def open_input(path: str) -> BinaryIO:
     """Open a file, which may be compressed, for reading bytes."""
-    if path.lower().endswith(".gz"):
-        return gzip.open(path)
     if path.lower().endswith(".zst"):
-        import zstandard  # optional: pip install zstandard
-        # Compressors with several threads write several frames, one after the other.
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True), 1 << 20)
-    return open(path, "rb")
+        import pyarrow  # optional; the package zstandard does not tell that a file is cut off
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
+    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
 
 
 def naming(path: str, items: Iterator) -> Iterator:
@@ -224,22 +250,20 @@ def naming(path: str, items: Iterator) -> Iterator:
 
 def from_text(work: Work, tokenizer: tk.Tokenizer, files: Files) -> dict[str, Any]:
     """Text to chunks; returns what the manifest records of them."""
-    config = work.config
+    config, n = work.config, work.config.n_chunks
     # Encoding, hashing and writing release Python's lock, so that threads use all cores.
     with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
-        counts = {name: encode_source(work, tokenizer, pool, name, paths)
-                  for name, paths in files.items()}
-        sources, valid = deal(work, counts)
+        counts = {name: encode_source(work, tokenizer, pool, name, files[name]) for name in files}
+        pieces, sources, valid = deal(work, counts)
 
         def write_chunk(c: int) -> dict[str, Any]:
             # Sorted by source, as Amber's: a run shuffles a chunk when it reads it.
-            pieces = [(s, s.tokens, s.dealt[c :: config.n_chunks]) for s in sources]
-            return write_sequences(work, f"train/chunk_{c:03}.npy", pieces)
+            mine = [p._replace(numbers=p.numbers[c::n]) for p in pieces]
+            return write_sequences(work, f"train/chunk_{c:03}.npy", mine)
 
-        chunks = pool.map(write_chunk, range(config.n_chunks))
-        chunks = list(tqdm(chunks, desc="chunks", total=config.n_chunks, **BAR))
-    return {"sources": [s.entry for s in sources], "chunks": chunks, "valid": valid,
-            "dropped": sum((Counter(s.entry["dropped"]) for s in sources), Counter()),
+        chunks = [*tqdm(pool.map(write_chunk, range(n)), "chunks", n, **BAR)]
+    return {"sources": sources, "chunks": chunks, "valid": valid,
+            "dropped": sum((Counter(source["dropped"]) for source in sources), Counter()),
             "documents": list_documents(work, files)}
 
 
@@ -259,19 +283,17 @@ def save_tokenizer(config: Config, scratch: Path, files: Files) -> tuple[tk.Toke
 
 
 def sample_texts(config: Config, files: Files) -> Iterator[str]:
-    """About SAMPLE_BYTES of text, of each source in proportion: the beginnings of many files."""
-    # Merges follow the most frequent pairs, which a sample has too.
+    """About SAMPLE characters, of each source in proportion: the beginnings of many files."""
     most = config.max_source_bytes or float("inf")
     sizes = {name: min(sum(map(os.path.getsize, paths)), most) for name, paths in files.items()}
     for name, paths in files.items():
-        budget = SAMPLE_BYTES * sizes[name] // max(1, sum(sizes.values()))
+        budget = SAMPLE * sizes[name] // max(1, sum(sizes.values()))
         for i in np.random.default_rng(config.seed).permutation(len(paths)):
             # Few files give more each than many do, and a huge one is never read whole.
-            left = min(budget, max(1 << 20, SAMPLE_BYTES // len(paths)))
+            left = min(budget, max(1 << 20, SAMPLE // len(paths)))
             for text in read_documents(paths[i], config.on_bad_line, Counter()):
-                yield text[:left]
-                budget -= len(text[:left])
-                left -= len(text[:left])
+                yield (part := text[:left])
+                budget, left = budget - len(part), left - len(part)
                 if left <= 0:
                     break
             if budget <= 0:
@@ -282,13 +304,11 @@ def encode_source(work: Work, tokenizer: tk.Tokenizer, pool: ThreadPoolExecutor,
                   paths: list[str]) -> dict[str, Any]:
     """Write the tokens of a source into unfinished/NAME.tokens, those of documents held out whole
     into NAME.valid, and where each document begins into documents/NAME.npy; returns the counts."""
-    path, valid_path, done = (work.scratch / f"{name}.{kind}" for kind in
-                              ("tokens", "valid", "counts"))
+    train, valid, done = (work.scratch / f"{name}.{x}" for x in ("tokens", "valid", "counts"))
     if done.exists():
         return data.read_json(done)
     fim_rate, spm_rate = work.config.fim_rates.get(name, 0), work.config.fim_spm_rate
-    counts = {"documents": 0, "bytes": 0, "tokens": 0}
-    notes: Counter[str] = Counter()
+    counts, notes = {"documents": 0, "bytes": 0, "tokens": 0}, Counter()
 
     def encode(text: str, key: int, held_out: bool) -> np.ndarray:
         ids = tokenizer.encode(text)
@@ -299,7 +319,7 @@ def encode_source(work: Work, tokenizer: tk.Tokenizer, pool: ThreadPoolExecutor,
         return np.append(ids, tokenizer.eos_id).astype(work.dtype["token_ids"].base)
 
     documents = encoded_in_order(pool, encode, choose_documents(work.config, name, paths, notes))
-    with (data.writing(path) as train_file, data.writing(valid_path) as valid_file,
+    with (data.writing(train) as train_file, data.writing(valid) as valid_file,
           writing_array(work.directory / f"documents/{name}.npy", data.DOCUMENT) as index):
         for (file, number, text, _, held_out), tokens in tqdm(documents, desc=name, **BAR):
             if held_out:
@@ -323,9 +343,8 @@ def choose_documents(config: Config, source: str, paths: list[str],
     for file, path in enumerate(paths):
         for number, text in enumerate(read_documents(path, config.on_bad_line, notes), 1):
             utf8 = text.encode()
-            # The text of a document decides what is done with it, whichever file it is in. The last
-            # bit of the key is its half, and the other bits decide whether it is held out: a
-            # document held out in one stage is held out in all.
+            # The text of a document decides what is done with it, in all stages. The last bit of
+            # the key is its half, and the other bits decide whether it is held out.
             key = zlib.crc32(utf8)
             held_out = config.valid_documents > 0 and key // 2 % config.valid_documents == 0
             if half and not held_out and half != ("even", "odd")[key % 2]:
@@ -350,8 +369,7 @@ def encoded_in_order(pool: ThreadPoolExecutor, encode: Callable, documents: Iter
 
 def fill_in_the_middle(ids: np.ndarray, tokenizer: tk.Tokenizer, rate: float, spm_rate: float,
                        random: np.random.Generator) -> np.ndarray:
-    """A document's ids (n,), at `rate` cut in three and written with the middle last, (n + 3,):
-    Bavarian et al. 2022."""
+    """A document's ids (n,), at `rate` with the middle last (n + 3,): Bavarian et al. 2022."""
     if random.random() >= rate:
         return ids
     # The cuts are between tokens and nothing is encoded anew, so that the three pieces are the
@@ -367,13 +385,11 @@ def fill_in_the_middle(ids: np.ndarray, tokenizer: tk.Tokenizer, rate: float, sp
 
 
 def list_documents(work: Work, files: Files) -> list[dict[str, str]]:
-    """Write the names of the sources' files beside the indices of their documents; returns the
-    entries of both in the manifest."""
-    folder, home = work.directory / "documents", os.path.expanduser("~/")
-    names = {}
-    for source, paths in files.items():
-        # Equal data has equal bytes, whatever the home directory.
-        names[source] = [re.sub(f"^{re.escape(home)}", "~/", path) for path in paths]
+    """Write the names of the sources' files; returns the manifest's entries of documents/."""
+    folder, home = work.directory / "documents", re.escape(os.path.expanduser("~/"))
+    # Equal data has equal bytes, whatever the home directory.
+    shorten = functools.partial(re.sub, f"^{home}", "~/")
+    names = {source: [*map(shorten, paths)] for source, paths in files.items()}
     data.write_json(folder / "files.json", names)
     return [{"file": f"documents/{path.name}", "sha256": data.sha256_file(path)}
             for path in sorted(folder.iterdir())]
@@ -382,21 +398,17 @@ def list_documents(work: Work, files: Files) -> list[dict[str, str]]:
 # ---- sequences are dealt to chunks, and chunks are written
 
 
-@dataclass
-class Source:
-    """A source that has been encoded, and which of its sequences the chunks get."""
-
-    number: int  # its place among the sources, which its sequences carry
+class Piece(NamedTuple):  # some of the sequences of a source
+    source: int  # its place among the sources
     name: str
-    entry: dict[str, Any]  # in the manifest
-    tokens: np.ndarray  # its sequences (n, seq_len + 1)
-    dealt: np.ndarray  # numbers of the sequences for the chunks: chunk c gets dealt[c :: n_chunks]
+    tokens: np.ndarray  # all of its sequences (n, seq_len + 1)
+    numbers: np.ndarray  # (k,) of them
 
 
-def deal(work: Work, counts: dict[str, dict]) -> tuple[list[Source], list[dict[str, Any]]]:
-    """Write each source's validation sequences, and assign the others to chunks; returns the
-    sources and the manifest entries of the validation files."""
-    config, n, sources, validation = work.config, work.config.n_chunks, [], []
+def deal(work: Work, counts: dict[str, dict]) -> tuple[list[Piece], list[dict], list[dict]]:
+    """Write each source's validation sequences. Returns the others, of which chunk c gets
+    numbers[c :: n_chunks], and the manifest's entries of the sources and of the validation."""
+    config, n, pieces, sources, validation = work.config, work.config.n_chunks, [], [], []
     for number, (name, about) in enumerate(counts.items()):
         tokens = valid_tokens = open_tokens(work, f"{name}.tokens")
         if config.valid_documents:
@@ -411,32 +423,30 @@ def deal(work: Work, counts: dict[str, dict]) -> tuple[list[Source], list[dict[s
             free = np.delete(np.arange(there), valid)
         # A weight of 2.5 is all twice, then half of them.
         weight = config.source_weights.get(name, 1)
-        fraction = evenly(free, round(weight % 1 * len(free)))
-        dealt = np.concatenate([np.tile(free, int(weight)), fraction])
+        dealt = np.append(np.tile(free, int(weight)), evenly(free, round(weight % 1 * len(free))))
         if there < needed or weight and len(dealt) < n:
             raise UserError(f"Source {name!r} is too small for n_chunks = {n} and valid_sequences ="
-                            f" {config.valid_sequences}: it has {len(tokens)} sequences, of which"
-                            f" {len(dealt)} are left to train on; for validation there are {there}."
+                            f" {config.valid_sequences}: it has {len(tokens)} sequences;"
+                            f" {len(dealt)} are to train on, for validation there are {there}."
                             f" Its documents: {about}.")
-        entry = {"name": name, "weight": weight, **about, "sequences": len(tokens),
-                 "tail_tokens": about["tokens"] - tokens.size}
-        sources.append(Source(number, name, entry, tokens, dealt))
+        sources.append({"name": name, "weight": weight, **about, "sequences": len(tokens),
+                        "tail_tokens": about["tokens"] - tokens.size})
+        pieces.append(Piece(number, name, tokens, dealt))
         if config.valid_sequences:
-            # A source is validated by itself, so its validation sequences are a file by themselves.
-            pieces = [(sources[-1], valid_tokens, valid)]
-            validation.append(write_sequences(work, f"valid/{name}.npy", pieces) | {"source": name})
+            held = [Piece(number, name, valid_tokens, valid)]
+            validation.append(write_sequences(work, f"valid/{name}.npy", held) | {"source": name})
     # Every chunk gets the same of every source, as in Amber; what does not divide is left out.
-    shares = [len(source.dealt) // n for source in sources]
+    shares = [len(piece.numbers) // n for piece in pieces]
     if not any(shares):
         raise UserError("source_weights leave nothing to train on: one must be above 0.")
-    for source, share, kept in zip(sources, shares, apportion(shares, config.sequences_per_chunk)):
-        source.dealt = evenly(source.dealt[: n * share], n * kept)
-    return sources, validation
+    kept = apportion(shares, config.sequences_per_chunk)
+    pieces = [piece._replace(numbers=evenly(piece.numbers[: n * share], n * k))
+              for piece, share, k in zip(pieces, shares, kept)]
+    return pieces, sources, validation
 
 
 def open_tokens(work: Work, file: str) -> np.ndarray:
-    """A token file as the sequences that it makes, (n, seq_len + 1), memory-mapped; the tokens that
-    are left over at its end are not used."""
+    """A token file as sequences (n, seq_len + 1), memory-mapped; tokens left over are not used."""
     path, ids = work.scratch / file, work.dtype["token_ids"]
     n = path.stat().st_size // ids.itemsize  # what is empty cannot be mapped
     return np.memmap(path, ids.base, "r", shape=(n, *ids.shape)) if n else np.empty((0, *ids.shape))
@@ -453,27 +463,23 @@ def apportion(counts: list[int], cap: int) -> list[int]:
     if not cap or total <= cap:
         return counts
     cut = [n * cap // total for n in counts]
-    # What rounding down leaves over goes to the counts with the largest remainders.
-    by_remainder = sorted(range(len(counts)), key=lambda i: (-(counts[i] * cap % total), i))
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] * cap % total, reverse=True)
     for i in by_remainder[:cap - sum(cut)]:
         cut[i] += 1
     return cut
 
 
-def write_sequences(work: Work, file: str, pieces: list[tuple]) -> dict[str, Any]:
+def write_sequences(work: Work, file: str, pieces: list[Piece]) -> dict[str, Any]:
     """Write a .npy of sequences, unless it is there; returns its entry in the manifest."""
-    # pieces: (source, an array (n, seq_len + 1) of its sequences, numbers (k,) of those to write)
     path = work.directory / file
     if not path.exists():
         with writing_array(path, work.dtype) as f:
-            for source, tokens, numbers in pieces:
-                for at in range(0, len(numbers), BLOCK):
-                    some = numbers[at : at + BLOCK]
-                    block = np.empty(len(some), work.dtype)
-                    block["source"], block["number"] = source.number, some
-                    block["token_ids"] = tokens[some]
+            for source, _, tokens, numbers in pieces:
+                for at in np.array_split(numbers, len(numbers) // BLOCK + 1):
+                    block = np.empty(len(at), work.dtype)
+                    block["source"], block["number"], block["token_ids"] = source, at, tokens[at]
                     f.write(block.tobytes())
-    shares = {source.name: len(numbers) for source, _, numbers in pieces}
+    shares = {piece.name: len(piece.numbers) for piece in pieces}
     return {"file": file, "sequences": sum(shares.values()), "sha256": data.sha256_file(path),
             "sources": shares}
 
@@ -527,20 +533,30 @@ def convert_released(work: Work, n_vocab: int, names: list[str],
     """Write the sequences of a released file as a .npy, `cap` of them at most (0 = all); returns
     the counts and its entry in the manifest. names: the sources; [] = those of this file."""
     path, file, cap = job
-    out, everything = work.directory / file, work.scratch / Path(file).name
-    done = everything.with_suffix(".json")
+    out, done = work.directory / file, work.scratch / f"{Path(file).stem}.json"
+    everything = work.scratch / f"{Path(file).stem}.npy" if cap else out
     if done.exists():
         return data.read_json(done)
     counts, dropped = dict.fromkeys(names, 0), Counter()
-    parse = functools.partial(parse_released, work.config.seq_len + 1, n_vocab)
-    lines = naming(path, read_lines(path, parse, work.config.on_bad_line, dropped))
+    width, on_bad_line = work.config.seq_len + 1, work.config.on_bad_line
+
+    def parse(record: dict[str, Any]) -> tuple[np.ndarray, str]:
+        ids, source = np.array(record["token_ids"]), record["source"]
+        # NumPy reads true as 1, so the types are looked at as well.
+        if (isinstance(source, str) and set(map(type, record["token_ids"])) == {int}
+                and ids.shape == (width,) and ids.min() >= 0 and ids.max() < n_vocab):
+            return ids, source
+        raise ValueError
+
+    expected = f"not JSON with token_ids, {width} numbers below {n_vocab}, and a source"
+    lines = naming(path, read_lines(path, parse, expected, on_bad_line, dropped))
     with writing_array(everything, work.dtype) as f:
         for number, (ids, source) in lines:
             if source not in counts:
                 check_name(source)
-                if names:
+                if names or len(counts) == 256:
                     raise UserError(f"{path}, line {number + 1}: the source {source!r} is not one"
-                                    f" of those in the first file, {', '.join(names)}.")
+                                    f" of the first file's (256 at most), {[*counts][:9]}.")
             counts[source] = counts.get(source, 0) + 1
             # A record: the number of the source, the number of the line, the ids.
             f.write(bytes([[*counts].index(source)]) + number.to_bytes(4, "little"))
@@ -548,59 +564,40 @@ def convert_released(work: Work, n_vocab: int, names: list[str],
     kept = list(counts.values())
     if not sum(kept):
         raise UserError(f"{path} has no line that is a sequence.")
-    out.parent.mkdir(exist_ok=True)
-    if cap and sum(kept) > cap:
+    if cap:
         kept = choose_released([everything], [*range(len(counts))], cap, out)
         everything.unlink()
-    else:
-        os.replace(everything, out)
     # A chunk is known by the name that LLM360 gave it, whatever part of Amber the data set is.
     entry = {"file": file, "sequences": sum(kept), "sha256": data.sha256_file(out),
              "sources": dict(zip(counts, kept)), "made_from": os.path.basename(path).split(".")[0]}
-    result = {"read": counts, "dropped": dropped, "entry": entry}
-    data.write_json(done, result)
-    return result
-
-
-def parse_released(width: int, n_vocab: int, line: bytes) -> tuple[np.ndarray, str]:
-    """(ids (width,), source) of a released line."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        record = json.loads(line)
-        ids, source = np.array(record["token_ids"]), record["source"]
-        # NumPy reads true as 1, so the types are looked at as well.
-        if (isinstance(source, str) and set(map(type, record["token_ids"])) == {int}
-                and ids.shape == (width,) and ids.min() >= 0 and ids.max() < n_vocab):
-            return ids, source
-    raise ValueError(f"not JSON with token_ids, {width} numbers below {n_vocab}, and a source")
+    data.write_json(done, {"read": counts, "dropped": dropped, "entry": entry})
+    return data.read_json(done)
 
 
 def choose_released(files: list[Path], wanted: list[int], cap: int, out: Path) -> list[int]:
-    """Copy the sequences of the sources `wanted` from `files`, in their order, `cap` of them at
-    most (0 = all); returns how many there are of each."""
+    """Copy the sequences of the sources `wanted`, `cap` at most (0 = all); returns their counts."""
     arrays = [np.load(file, mmap_mode="r") for file in files]
     sequences = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     there = [np.flatnonzero(sequences["source"] == source) for source in wanted]
     kept = apportion([len(numbers) for numbers in there], cap)
-    # Of every source its share, evenly from all that there are: released files are sorted by
-    # source, and the first so many lines would be of one.
+    # Evenly, since released files are sorted by source: their first lines are all of one.
     chosen = np.sort(np.concatenate([evenly(numbers, n) for numbers, n in zip(there, kept)]))
     with writing_array(out, sequences.dtype) as f:
-        for at in range(0, len(chosen), BLOCK):
-            f.write(sequences[chosen[at : at + BLOCK]].tobytes())
+        for some in np.array_split(chosen, len(chosen) // BLOCK + 1):
+            f.write(sequences[some].tobytes())
     return kept
 
 
 def in_processes(workers: int, job: Callable[[Any], Any], arguments: list) -> list[Any]:
     """job(argument) of every argument, in worker processes; the results in their order."""
-    workers = min(workers, len(arguments))
-    if workers <= 1:
+    if min(workers, len(arguments)) <= 1:
         return [job(argument) for argument in tqdm(arguments, **BAR)]
     # Not multiprocessing.Pool, which waits for ever when a worker is killed.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             # In their order, so that of several errors always the same one is reported.
             return list(tqdm(pool.map(job, arguments), total=len(arguments), **BAR))
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise UserError("A worker process was killed, perhaps for want of memory: run the same"
                             " command again (finished files are kept), maybe with fewer --workers.")
         except BaseException:
@@ -621,18 +618,16 @@ def start_worker() -> None:
 # ---- what goes in, and where the data set is made
 
 
-def find_inputs(config: Config) -> Files:
-    """The files of each source, or the released ones as "train" and "valid"; UserError where the
-    settings do not fit."""
+def find_inputs(config: Config, passed: dict[str, str]) -> Files:
+    """The files of each source, or the released ones as "train" and "valid"."""
     if config.tokenized:
         if config.tokenizer == "bpe":
-            raise UserError("tokenized chunks need the tokenizer that made them, as tokenizer ="
-                            ' "hf:PATH": "bpe" would train a new one.')
-        train = find_files(config.tokenized)
+            raise UserError('tokenizer = "bpe" is for text: tokenized chunks need "hf:PATH".')
+        train = find_files(config.tokenized, passed)
         if len(train) < config.n_chunks:
-            raise UserError(f"tokenized: {config.tokenized} matches {len(train)} files, and a file"
-                            f" makes a chunk: take --n_chunks={len(train)} at most.")
-        valid = find_files(config.tokenized_valid) if config.tokenized_valid else []
+            raise UserError(f"tokenized: {config.tokenized} matches {len(train)} files, each for a"
+                            f" chunk: take --n_chunks={len(train)} at most.")
+        valid = find_files(config.tokenized_valid, passed) if config.tokenized_valid else []
         return {"train": train[:config.n_chunks], "valid": valid}
     if not config.sources:
         raise UserError("The config names no text: set sources = {'name': 'path or glob'}.")
@@ -642,12 +637,11 @@ def find_inputs(config: Config) -> Files:
                 raise UserError(f"{setting} names {name!r}, but the sources are"
                                 f" {', '.join(config.sources)}.")
             check_name(name)
-    return {name: find_files(place) for name, place in config.sources.items()}
+    return {name: find_files(place, passed) for name, place in config.sources.items()}
 
 
 def check_name(name: str) -> None:
-    """UserError if this cannot be the name of a source."""
-    # A source names its file of validation sequences, which must not be somewhere else.
+    """UserError if this cannot be the name of a source, and so of its files."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} cannot name a source, for it names a file too: use letters,"
                         " digits and . _ + -")
@@ -665,13 +659,13 @@ def begin(config: Config, files: Files, scratch: Path) -> BinaryIO:
     lock = data.lock_directory(scratch)
     if (directory / "manifest.json").exists():
         raise UserError(f"Another process has just finished {directory}.")
-    name = config.tokenizer.partition(":")[2]  # a file, or a data set that has the tokenizer
-    inputs = [*sum(files.values(), []), name, f"{name}/manifest.json"]
+    inputs, (kind, _, name) = sum(files.values(), []), config.tokenizer.partition(":")
+    if kind in ("hf", "data"):  # name: of a file, or of a directory that has the tokenizer
+        folder = Path(name) if os.path.isdir(name) else Path(name).parent
+        inputs += sorted(map(str, folder.glob("*.json")))
     # Size and time stand for the content of a file: to read all of them would take too long.
-    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
-             for path in inputs if os.path.exists(path)]
-    key = {"format": data.FORMAT, "settings": data.data_settings(config),
-           "inputs": data.sha256_json(stats)}
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
+    key = {"key": data.sha256_json([data.FORMAT, data.data_settings(config), stats])}
     if data.read_json(scratch / "key.json") == key:
         print(f"Continuing {directory}, which was begun before.")
         return lock
@@ -684,17 +678,19 @@ def begin(config: Config, files: Files, scratch: Path) -> BinaryIO:
     return lock
 
 
-def summary(there: data.Data) -> str:
-    """A data set in one sentence."""
-    m = there.manifest
+def summary(config: Config, there: data.Data) -> str:
+    """A data set in one sentence, and in another what of the text is not in it."""
+    m, batch = there.manifest, config.global_batch_size
     n, n_valid = (sum(file["sequences"] for file in m[key]) for key in ("chunks", "valid"))
     shares = ", ".join(f"{s['name']} {s['train_sequences'] / n:.1%}" for s in m["sources"])
     sentence = (f"{there.directory} has {n:,} sequences of {there.seq_len} + 1 tokens in"
                 f" {len(m['chunks'])} chunks and {n_valid:,} for validation; {shares}; tokenizer"
                 f" {m['tokenizer']['kind']} with {there.n_vocab:,} ids.")
-    for reason, times in m["dropped"].items():
-        sentence += f"\nLeft out: {times:,} x {reason}."
-    return sentence
+    notes = Counter(m["dropped"])
+    notes["repaired text"] = sum(source.get("repaired", 0) for source in m["sources"])
+    notes[f"sequence left over by steps of {batch}"] = n - batch * sum(there.steps_per_chunk(batch))
+    told = ", ".join(f"{times:,} x {reason}" for reason, times in notes.items() if times)
+    return sentence + (f"\nNot used, or repaired: {told}." if told else "")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ class Tokenizer:
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
         self.pieces = text_pieces | {token["id"]: token["content"].encode() for token in added}
         self.eos_id, self.n_vocab = self.specials[eos], max(self.pieces) + 1
-        if self.n_vocab > 1 << 24:  # a stranger's file must not take all memory
-            raise ValueError(f"it has the token id {self.n_vocab - 1}, and 2**24 ids are the most")
+        if not 0 <= min(self.pieces) < self.n_vocab <= 1 << 24:  # a table of 2**40 would be made
+            raise ValueError("an id is below 0, or beyond 2**24")
         self.token_bytes = np.zeros(self.n_vocab, np.int64)
         for i in self.pieces.keys() - self.specials.values():
             self.token_bytes[i] = len(self.pieces[i])

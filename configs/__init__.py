@@ -418,7 +418,9 @@ def help_text(config: Config, flags: Any) -> str:
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a stage's `main` on the words of the command line. What a person can act on is printed
     as one sentence, with exit status 1; any other exception keeps its traceback."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a shell's >&- has closed it
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a shell's >&- has closed it
+            setattr(sys, name, open(os.devnull, "w"))
     # A terminal that cannot show a letter shows a question mark.
     sys.stdout.reconfigure(errors="replace")
     try:

@@ -265,7 +265,8 @@ def test_every_format(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert about["parquet"]["dropped"] == {"no string in text": 1}
     other = "a table or JSON, but not JSON Lines: convert it to .jsonl"
     assert about["folder"]["dropped"] == {"binary file": 1, "empty document": 1, other: 2}
-    assert f"Left out: 2 x {other}." in said and "2 x not a regular file" in said
+    assert f"2 x {other}, " in said and "2 x not a regular file, " in said
+    assert data.manifest["dropped"]["hidden (its name begins with a dot)"] == 1
     for link in ("dangling.txt", "pipe*"):
         assert "There is no regular file at" in refused(
             tmp_path, sources={"a": str(folder / link)}, data_dir=str(tmp_path / "other"))
@@ -274,7 +275,7 @@ def test_every_format(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_invalid_text_is_replaced_and_bad_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9 " + words(1, 300).encode())
     pair = '{"text": "one \\ud83d\\ude00 lone \\ud83d ' + words(2, 300) + '"}\n'
-    bad = ["{broken", '{"title": 1}', '{"text": 5}', "", "[1]"]
+    bad = ["{broken", '{"title": 1}', '{"text": 5}', "5", "[1]"]
     path = tmp_path / "lone.jsonl"
     path.write_bytes(pair.encode() + b'{"text": "x\xff"}\n' + "\n".join(bad).encode() + b"\n")
     settings = {"sources": {"latin": str(tmp_path / "latin.txt"), "lone": str(path)},
@@ -298,7 +299,7 @@ def test_missing_broken_and_too_small_inputs_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
     jsonl(tmp_path / "tiny.jsonl", [words(1, 12)])
     for path, sentence in (("no/such/*.txt", "no regular file at"),
-                           ("hollow", "hollow (0 other names)"),
+                           ("hollow", "hollow (passed over: nothing)"),
                            ("nothing.txt", "'dropped': {'empty document': 1}"),
                            ("cut.jsonl.gz", "cut.jsonl.gz cannot be read"),
                            ("x.parquet", "x.parquet cannot be read"),
@@ -396,7 +397,7 @@ def test_bad_released_lines_are_named_and_counted(tmp_path: Path, released: dict
     strange = [[1] * 16 + [x] for x in (2 ** 70, -1, 278, 1.0, True, "1", [1])]
     for ids in [*strange, [1] * 18, None]:
         bad.append(json.dumps({"token_ids": ids, "source": "c4"}))
-    bad += ["[]", "3", "", json.dumps({"token_ids": [1] * 17, "source": 5}), "[" * 10_000]
+    bad += ["[]", "3", json.dumps({"token_ids": [1] * 17, "source": 5}), "[" * 10_000]
     reason = "not JSON with token_ids, 17 numbers below 278, and a source"
     new = json.dumps({"token_ids": [1] * 17, "source": "new"})
     for line, why in ((bad[0], reason), (bad[3], reason), (new, "the source 'new' is not one of")):
