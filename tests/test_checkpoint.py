@@ -201,14 +201,8 @@ def test_ambers_own_form_is_read_and_what_is_wrong_is_named(argv: list[str], sav
             ckpt.load_weights(net, hub)
 
 
-def test_damaged_and_ambiguous_weights_are_named(argv: list[str], saved: Path, hub: Path) -> None:
-    net, file = opened(argv, saved), hub / "model.safetensors"
-    whole = file.read_bytes()
-    for content, sentence in ((whole[:-9], "is it whole"), (b"", "not a safetensors file")):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"model.safetensors cannot be read \(.*{sentence}"):
-            ckpt.load_weights(net, hub)
-    file.write_bytes(whole)
+def test_ambiguous_weights_are_named(argv: list[str], saved: Path, hub: Path) -> None:
+    net = opened(argv, saved)
     (hub / "model_ema.safetensors").write_bytes(b"junk")  # a name that nobody reads
     torch.save({}, hub / "pytorch_model.bin")  # the same weights once more, as is common
     assert same(net.state_dict(), opened(argv, hub).state_dict())
@@ -327,22 +321,3 @@ def test_what_is_loaded_is_what_the_manifest_lists(argv: list[str], saved: Path,
         assert ckpt.verify_checkpoint(path) != ""
     with pytest.raises(UserError, match="ckpt_000.*is missing or damaged, or its format is not 3"):
         evaluation.main([*argv, f"--checkpoints={path}"])
-
-
-# ---- what is deleted, what is appended
-
-
-def test_nothing_is_deleted_or_written_through_a_link(saved: Path, tmp_path: Path) -> None:
-    run, other = tmp_path / "run", shutil.copytree(saved, tmp_path / "other/ckpt_000")
-    shutil.copytree(other / "train_state", other / "train_state.tmp")
-    run.mkdir()
-    for name in ("step_0000001", "step_0000002", "ckpt_009.tmp"):
-        (run / name).symlink_to(other)
-    before = sorted(other.rglob("*"))
-    ckpt.drop_old_checkpoints(run, keep_rolling=1, keep_train_state=1)
-    ckpt.remove_leftovers(run)
-    assert [path.name for path in run.iterdir()] == ["step_0000002"]
-    assert sorted(other.rglob("*")) == before
-    (run / "eval.jsonl").symlink_to(tmp_path / "bashrc")
-    ckpt.append_record(run / "eval.jsonl", {"a": 1})
-    assert not (tmp_path / "bashrc").exists()

@@ -159,11 +159,6 @@ def test_crystal_7b_is_crystal(stage: int, steps: int, line: tuple, first_line: 
 
 
 def test_the_stages_are_one_training() -> None:
-    one, two = (load([f"configs/crystal_7b_stage{i}.py"])[0] for i in (1, 2))
-    for c in (one, two):  # the slope of the learning rate
-        slope = train.learning_rate(c, 1000, 0) - train.learning_rate(c, 1001, 0)
-        assert slope == pytest.approx(4.034e-8, rel=3e-4)
-    assert two.learning_rate == pytest.approx(train.learning_rate(one, 79_721, 0), rel=6e-4)
     for size in ("tiny", "7b"):
         stages = [load([f"configs/crystal_{size}_stage{i}.py"])[0] for i in (1, 2, 3)]
         for before, after in itertools.pairwise(stages):

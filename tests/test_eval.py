@@ -15,7 +15,7 @@ import checkpoint as ckpt
 import eval as evaluation
 import prepare_data
 import train
-from configs import UserError, load
+from configs import load
 from data import load_data
 from model import LLaMA
 from parallel import build_for_inference
@@ -282,14 +282,3 @@ def test_parquet_is_read_as_jsonl_is(quiz: Path, tmp_path: Path) -> None:
     config, _ = load(argv(quiz, tmp_path, task_dir=tmp_path, tasks=""))
     assert evaluation.find_tasks(config)["openbookqa"] == [[file], []]
     assert evaluation.read_docs([file]) == docs and len(docs) == 8
-
-
-@pytest.mark.parametrize("settings, sentence", [
-    ({"tasks": "recall,mmmlu"}, "there is no 'mmmlu'; there are continuation, recall, arc"),
-    ({"tasks": "piqa", "task_dir": "nowhere"}, r"piqa has no validation.jsonl .* docs/evaluation"),
-    ({"vocab_size": 300}, "has 400 token ids, the model .* ?300"),
-    ({"run_dir": "nowhere"}, "has no checkpoint yet"),
-    ({"text": __file__, "stride": 999}, "stride=999 is more than the window of 512 tokens")])
-def test_mistakes_are_named(quiz: Path, run: Path, settings: dict, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        evaluation.main(argv(quiz, run, **settings))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import jsonl, tiny_llama
+from helpers import jsonl
 from helpers import words as made_up_words
 from test_audit import exam, words  # noqa: F401
 from test_prepare_data import prepare
@@ -17,7 +17,6 @@ import train
 from configs import UserError, load
 from data import Data, load_data, read_json, step_sequences
 from model import LLaMA
-from tokenizer import open_tokenizer
 from tools import lookup
 
 
@@ -87,24 +86,11 @@ def brute_force(data: Data, text: bytes) -> list[tuple[int, int, int, int, int]]
     return found
 
 
-@pytest.mark.parametrize("kind", ["text", "released"])
-def test_every_place_is_found_and_no_other(tmp_path: Path, kind: str) -> None:
+def test_every_place_is_found_and_no_other(tmp_path: Path) -> None:
     rng = random.Random(3)
     texts = ["".join(rng.choices("ab cdé ñ漢字 한😀\n  the", k=rng.randint(5, 90)))
              for _ in range(60)]
-    if kind == "released":  # with LLaMA's tokenizer
-        path = tiny_llama(tmp_path / "tokenizer.json")
-        ids = open_tokenizer(path).encode("".join(texts))
-        rows = ids[:len(ids) // 17 * 17].reshape(-1, 17).tolist()
-        released = [{"token_ids": row, "source": "c4"} for row in rows]
-        ckpt.write_records(tmp_path / "train_000.jsonl", released)
-        data = prepare(tmp_path, tokenized=str(tmp_path / "train_*.jsonl"), n_chunks=1,
-                       sequences_per_chunk=90, tokenizer=f"hf:{path}")
-        for i, sequence in enumerate(data.chunk(0)["token_ids"].tolist()):
-            name, _, number = lookup.origin(data, 0, i, 0, 17).partition(" line ")
-            assert name == "train_000" and rows[int(number) - 1] == sequence
-    else:
-        data = prepare(tmp_path, sources={"a": jsonl(tmp_path / "a.jsonl", texts)}, n_chunks=2)
+    data = prepare(tmp_path, sources={"a": jsonl(tmp_path / "a.jsonl", texts)}, n_chunks=2)
     straddling = 0
     for needle in ["the", "é", "漢", "\n  ", "b c", "aa", "  ", "nowhere!"]:
         expected = brute_force(data, needle.encode())
@@ -159,11 +145,3 @@ def test_losses_before_and_after(exam: Path, chunk: int,  # noqa: F811
         loss = -sum(float(log_p[t - 1, ids[t]]) for t in covering) / len(covering)
         figure = line.split(f" ({path or 'the initial weights'})")[0].split()[-1]
         assert float(figure) == pytest.approx(loss, abs=2e-3)
-
-
-def test_find_without_a_run(exam: Path, tmp_path: Path,  # noqa: F811
-                                   capsys: pytest.CaptureFixture) -> None:
-    lookup.main(words(exam, run_dir=tmp_path / "no_run", find="the"))
-    said = capsys.readouterr().out
-    assert re.search(r"^[\d,]+ places in .*, the first 20\n(.*\n)*20: \w+, chunk 0 sequence", said)
-    assert "no_run has no checkpoint" in said
