@@ -139,7 +139,7 @@ class Data:
             fits = False
         if not fits:
             raise UserError(f"{path} does not hold {file['sequences']} sequences of {dtype}, as the"
-                            " manifest says: prepare the data anew.")
+                            " manifest says: delete the data set, and prepare it anew.")
         return array
 
     def steps_per_chunk(self, batch: int) -> list[int]:
@@ -178,8 +178,8 @@ def load_data(directory: str | Path, window: int = 2**31) -> Data:
                         " python prepare_data.py configs/NAME.py first.")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is damaged or of format {manifest.get('format')}; this code reads"
-                        f" format {FORMAT}: prepare the data anew.")
+        raise UserError(f"{path} is damaged or of format {manifest.get('format')}, not {FORMAT}:"
+                        f" delete {directory}, or give another --data_dir, and prepare it anew.")
     data = Data(Path(directory), manifest)
     if data.seq_len > window:
         raise UserError(f"{directory} has sequences of {data.seq_len} tokens; seq_len is {window}.")

@@ -1,4 +1,4 @@
-"""Measure checkpoints: bits per byte, perplexity, multiple-choice tasks; continue a prompt.
+"""Stage 3: bits per byte, perplexity, multiple-choice tasks; continue a prompt.
 
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
@@ -46,7 +46,7 @@ class Flags:
     stride: int = 0  # tokens scored per window of --text; 0 = half a window
     sequences: int = 1000  # validation sequences of each source; 0 = all
     batch: int = 32  # sequences in memory at a time
-    prompt: str = ""  # continue this text, and nothing else
+    prompt: str = ""  # continue this text with the last of them, and nothing else
     tokens: int = 64  # of a continuation
     temperature: float = 0.8  # of a continuation; 0 = the likeliest token
 

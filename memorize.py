@@ -1,4 +1,4 @@
-"""Measure how much of its training data a model has memorized, over checkpoints and chunks.
+"""Stage 4: how much of its training data has a model memorized, over checkpoints and chunks?
 
     python memorize.py configs/amber_tiny.py                   # up to 10 checkpoints x all chunks
     python memorize.py configs/amber_tiny.py --checkpoints=0,9 --chunks=0,5,9 --sequences=1000

@@ -428,7 +428,7 @@ def deal(work: Work, counts: dict[str, dict]) -> tuple[list[Piece], list[dict], 
             raise UserError(f"Source {name!r} is too small for n_chunks = {n} and valid_sequences ="
                             f" {config.valid_sequences}: it has {len(tokens)} sequences;"
                             f" {len(dealt)} are to train on, for validation there are {there}."
-                            f" Its documents: {about}.")
+                            f" Give it more text, or lower one of the two. It has {about}.")
         sources.append({"name": name, "weight": weight, **about, "sequences": len(tokens),
                         "tail_tokens": about["tokens"] - tokens.size})
         pieces.append(Piece(number, name, tokens, dealt))

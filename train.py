@@ -1,4 +1,4 @@
-"""Train a model on prepared data, one checkpoint per chunk.
+"""Stage 2: train a model on prepared data, one checkpoint per chunk.
 
     python train.py configs/amber_tiny.py                      # goes on where the run stands
     torchrun --nproc_per_node=8 train.py configs/amber_1b.py   # the same on the 8 GPUs of a node
@@ -53,8 +53,7 @@ from model import LLaMA, continue_text, meta_model
 from parallel import micro_batches, on_rank_zero, rank, world_size
 
 GC_STEPS = 50  # between two collections of Python's garbage
-# Dense bf16 matmul, from the makers' data sheets. The first key that is part of the device's name
-# counts, so "H100 PCIe" must come before "H100", and "A100" before "A10".
+# Dense bf16 matmul, from data sheets. The first key in a device's name counts: the longer first.
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
                "H800": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "A10": 125,
                "RTX 4090": 165, "RTX 3090": 71}

@@ -265,7 +265,7 @@ def read_config(path: str) -> dict[str, Any]:
         return {key: recorded[key] for key in names & recorded.keys()} | {"run_dir": path}
     if not Path(path).is_file():
         near = ", ".join(sorted(os.path.relpath(p) for p in Path(__file__).parent.glob("[!_]*.py")))
-        raise UserError(f"There is no config file {path}. There are: {near}.")
+        raise UserError(f"There is no config file or run directory {path}. Configs: {near}.")
     # A config is a program, so that one can build on another. It is the user's own, and may run.
     namespace = runpy.run_path(path)
     # It may import modules and keep helpers under names with _: these are no settings.

@@ -71,7 +71,7 @@ def test_a_mistake_is_one_sentence(argument: str, words: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert "no config file none.py. There are: configs/ablation.py, conf" in refusal(["none.py"])
+    assert "no config file or run directory none.py. Configs: configs/abl" in refusal(["none.py"])
     assert "is not the directory of a run" in refusal(["configs"])
     os.mkfifo(tmp_path / "pipe.py")
     assert "There is no config file" in refusal([str(tmp_path / "pipe.py")])

@@ -147,7 +147,7 @@ def test_no_data_and_no_manifest(data: Data, tmp_path: Path) -> None:
     path, whole = data.directory / "manifest.json", data.manifest
     for text in ("{", json.dumps(whole | {"format": 2})):
         path.write_text(text)
-        with pytest.raises(UserError, match="is damaged or of format .*reads format 3"):
+        with pytest.raises(UserError, match="is damaged or of format .*not 3"):
             load_data(data.directory)
     for name in ("../../secret", "/etc/passwd"):
         path.write_text(json.dumps(whole | {"valid": [whole["valid"][0] | {"file": name}]}))

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels  # noqa: E402
-from configs import run_command  # noqa: E402
+from configs import UserError, run_command  # noqa: E402
 
 # The limits of one SM (CUDA C++ programming guide). Each program needs 1 KiB of shared memory more.
 SHARED = {90: 228 << 10, 80: 164 << 10}  # architecture -> bytes
@@ -125,6 +125,8 @@ jobs: list[tuple] = []  # arguments of `report`, which a fork inherits: kernels 
 
 
 def main(argv: list[str]) -> None:
+    if not all(map(str.isdecimal, argv)):
+        raise UserError("Give architectures as numbers, such as 80 and 90, or nothing for all.")
     for arch in [int(word) for word in argv] or SHARED:
         jobs.extend(launches(arch))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:

@@ -54,6 +54,8 @@ def convert_tensor(name: str, values: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def main(argv: list[str]) -> None:
+    if len(argv) != 2 or not Path(argv[0], "config.json").is_file():
+        raise UserError("Give the directory of CrystalCoder's weights, and a new directory.")
     source, out = map(Path, argv)
     theirs, weight_map = read_json(source / "config.json"), {}
     model = meta_model(convert_config(theirs))
