@@ -486,8 +486,12 @@ def main(argv: list[str]) -> None:
                 print(f"{file} was not measured again: its stage does that, with --again=true.")
         for name, row in [("checkpoint", dict(zip(COLUMNS, COLUMNS))), *rows.items()]:
             print(f"{name:<12}" + "".join(f"{row.get(column, '-'):>16}" for column in COLUMNS))
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # published weights have no run
-        write_json(Path(config.run_dir) / "audit.json", {"checkpoints": rows, "findings": findings})
+        try:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # published weights have no run
+            write_json(Path(config.run_dir, "audit.json"),
+                       {"checkpoints": rows, "findings": findings})
+        except OSError as error:  # as in a run of somebody else's
+            print(f"{error.filename} could not be written ({error.strerror}).")
     if findings:
         raise UserError("\n".join([f"{config.run_dir}: {len(findings)} found.", *findings]))
     if rows and rank() == 0:

@@ -132,7 +132,8 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
             raise UserError(f"{directory} has both {whole} and {index.name}: move one away.")
         if files == [index]:
             # Path.name: whatever an index says, it names files of its own directory.
-            shards = {Path(name).name for name in read_json(index).get("weight_map", {}).values()}
+            names = read_json(index).get("weight_map")
+            shards = {Path(str(n)).name for n in names.values()} if isinstance(names, dict) else ()
             files = [directory / name for name in sorted(shards)]
         if files:
             return files
@@ -190,7 +191,7 @@ def read_network(directory: Path) -> ModelConfig:
     if kind != "llama":
         wrong += [name for name in ours if name not in settings]
     for key in ("rope_parameters", "rope_scaling"):
-        rope = dict(content.get(key) or {})
+        rope = {**value} if isinstance(value := content.get(key) or {}, dict) else {key: value}
         theta = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
         # What is left may be rope_type = "default"; everything else rescales the angles.
         if any(value not in ("default", None) for value in rope.values()):
@@ -218,7 +219,7 @@ def with_network(config: Config, paths: list[Path], tokenizer: Tokenizer | None 
     if is_published(path):
         config = replace(config, **asdict(read_network(path)))
     most = read_json(path / "config.json").get("max_position_embeddings") or config.seq_len
-    if config.seq_len > most:
+    if type(most) is not int or config.seq_len > most:
         raise UserError(f"seq_len is {config.seq_len}, and {path} reads at most {most} tokens"
                         " (max_position_embeddings): set it to that or less.")
     if tokenizer:
@@ -595,7 +596,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def read_metrics(run_dir: str | Path) -> dict[int, dict[str, Any]]:
     """The lines of a run's metrics.jsonl, by their step."""
-    return {record["step"]: record for record in read_records(Path(run_dir, "metrics.jsonl"))}
+    records = read_records(Path(run_dir, "metrics.jsonl"))
+    return {record["step"]: record for record in records if type(record.get("step")) is int}
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -700,4 +702,4 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
 
 def cached_results(file: Path) -> dict[str, dict[str, Any]]:
     """The results in a file, by cache key."""
-    return {json.dumps(record["of"]): record for record in read_records(file)}
+    return {json.dumps(r["of"]): r for r in read_records(file) if isinstance(r.get("of"), dict)}

@@ -32,8 +32,7 @@ FORMAT = 3  # of the manifest and of the files that it lists; any other is refus
 DATA_SETTINGS = """sources source_weights max_source_bytes tokenized tokenized_valid on_bad_line
     tokenizer vocab_size seq_len n_chunks sequences_per_chunk valid_sequences seed source_halves
     valid_documents crystal_tokens fim_rates fim_spm_rate""".split()
-# These two of them have a meaning for training too (order and initial weights; size of the
-# embedding), so a run may have another value than its data.
+# These two have a meaning for training too, so a run may have other values than its data.
 RUN_SETTINGS = ("seed", "vocab_size")
 # Where a document begins in the tokens of its source, the number of its file, and its number in the
 # file (from 1). documents/SOURCE.npy has one of these for each document.

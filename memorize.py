@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import Evaluation, evaluate_checkpoints, select_checkpoints, with_network
-from configs import Config, UserError, load, run_command
-from data import Data, load_data, write_json
+import checkpoint as ckpt
+from configs import Config, UserError, load, run_command, with_recorded
+from data import Data, load_data, read_json, write_json
 from model import KVCache, LLaMA
 from parallel import build_for_inference, rank
 
@@ -337,24 +337,27 @@ def choose_chunks(which: str, numbers: list[int]) -> list[int]:
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
+    config = with_recorded(config, read_json(Path(config.run_dir, "config.json")))
     data = load_data(config.data_dir, config.seq_len)
     if flags.k + flags.l > data.seq_len + 1:
         raise UserError(f"--k + --l = {flags.k + flags.l} tokens are asked for, but a"
                         f" sequence of {config.data_dir} has {data.seq_len + 1}.")
     numbers = chunk_numbers(data)
     chunks = choose_chunks(flags.chunks, numbers)
-    paths = select_checkpoints(config.run_dir, flags.checkpoints or "all")
+    paths = ckpt.select_checkpoints(config.run_dir, flags.checkpoints or "all")
     if not flags.checkpoints:  # ten as in the paper, evenly spaced, the last among them
         n = min(10, len(paths))
         paths = [paths[math.ceil(i * len(paths) / n) - 1] for i in range(1, n + 1)]
-    config = with_network(config, paths, data.tokenizer)
+    config = ckpt.with_network(config, paths, data.tokenizer)
+    if any(ckpt.read_manifest(p).get("data_sha256", data.sha256) != data.sha256 for p in paths):
+        raise UserError(f"{config.run_dir} was trained on other data than {config.data_dir} holds.")
     inputs = [flags.k, flags.l, flags.sequences, config.seed, data.sha256]
     evaluations = []
     for chunk in chunks:
         run = functools.partial(measure_chunk, config, data, chunk, flags)
-        evaluations.append(Evaluation(f"chunk {numbers[chunk]}", inputs, run))
+        evaluations.append(ckpt.Evaluation(f"chunk {numbers[chunk]}", inputs, run))
     model, out = build_for_inference(config), Path(config.run_dir)
-    records = evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations,
+    records = ckpt.evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations,
                                    data.tokenizer, flags.again)
     if rank() == 0:
         summary = summarize(config, data, records, chunks, flags)

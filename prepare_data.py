@@ -207,7 +207,7 @@ def text_of(record: dict[str, Any]) -> str:
 def is_json_lines(path: str) -> bool:
     """Whether the first line of a file that is not blank is a document, perhaps without text."""
     try:
-        _, record = next(read_lines(path, dict, NO_TEXT, "stop", Counter()), (0, {}))
+        _, record = next(read_lines(path, dict.copy, NO_TEXT, "stop", Counter()), (0, {}))
     except UserError:
         return False
     return any(isinstance(record.get(key, 0), str | None) for key in FIELDS)
@@ -651,7 +651,7 @@ def begin(config: Config, files: Files, scratch: Path) -> BinaryIO:
     """Make data/NAME/unfinished, or clear it if it was begun with other settings or inputs; returns
     a lock on it. UserError if data/NAME holds other files, or another process works in it."""
     directory = scratch.parent
-    ours = (scratch / "lock").exists() and not scratch.is_symlink()
+    ours = (scratch / "lock").exists() and not any(p.is_symlink() for p in directory.rglob("*"))
     if not ours and any(path.is_symlink() or not path.is_dir() for path in directory.rglob("*")):
         raise UserError(f"{directory} exists, but has no manifest.json: it is not a data set."
                         " Delete it, or choose another place with --data_dir.")

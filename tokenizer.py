@@ -308,10 +308,9 @@ def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
     elif kind == "tiktoken":
         try:
             named = tiktoken.get_encoding(name)
-        except (ValueError, OSError) as error:  # no such name; no network
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"tokenizer: tiktoken cannot load {name!r} ({reason}). Without network"
-                            ' take "bpe" or "hf:PATH".')
+        except (ValueError, OSError):  # no such name; no network
+            raise UserError(f"tokenizer: tiktoken has no {name!r}, or cannot download it; without a"
+                            ' network take "bpe" or "hf:PATH".')
         tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
                               named._special_tokens)
     else:

@@ -4,8 +4,7 @@
 
 Every contender trains the shape of amber_tiny on the same ids, with fused AdamW, clipping at 1.0,
 and bfloat16 where the CPU has it, in a process of its own. The processes take turns, so that a
-machine that slows down slows all of them. The ratio is the median over the rounds. "Our malloc" is
-the setting of parallel.tune_cpu, which is part of train.py.
+machine that slows down slows all of them. "Our malloc" is the setting of parallel.tune_cpu.
 """
 
 import itertools

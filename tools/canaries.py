@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint import load_run, select_checkpoints  # noqa: E402
-from configs import UserError, load, run_command  # noqa: E402
+from configs import UserError, load, regular, run_command  # noqa: E402
 from data import Data, load_data, sha256_file, write_json  # noqa: E402
 from memorize import measure  # noqa: E402
 
@@ -54,7 +54,9 @@ def plant(old: Path, new: Path) -> None:
     copies = np.random.default_rng([seed, 1, 64]).permutation(copies)[: per_chunk * n_chunks]
     # Each in one third of the chunks: is a text seen early remembered at the end?
     by_third = copies[np.argsort(copies % 3, kind="stable")].reshape(n_chunks, per_chunk)
-    shutil.copytree(old, new, ignore=shutil.ignore_patterns("manifest.json"))
+    for name in [*(file["file"] for file in data.files), "tokenizer_config.json"]:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(regular(old / name), new / name)
     for i, entry in enumerate(manifest["chunks"]):
         chunk, path = data.chunk(i), new / entry["file"]
         canaries = [(len(data.sources), number, different[number]) for number in by_third[i]]

@@ -3,8 +3,6 @@
     python tools/check.py 2                    # ask the question of session 2
     python tools/check.py 2 --answer=17,4,23   # is this right?
     python tools/check.py 2 runs/mine          # about another run than runs/amber_tiny
-
-No answer is kept here: each is worked out anew, from your own run.
 """
 
 import math

@@ -43,7 +43,8 @@ def measured(run_dir: Path, checkpoints: list[Path]) -> list[dict[str, Any]]:
     # A run that was trained anew has checkpoints of the same names, and other weights.
     weights = {weights_hash(path) for path in checkpoints}
     results = read_records(run_dir / "eval.jsonl")
-    return by_checkpoint([r for r in results if r["of"]["weights"] in weights])
+    results = [r for r in results if isinstance(r.get("of"), dict)]
+    return by_checkpoint([r for r in results if r["of"].get("weights") in weights])
 
 
 def read_run(path: str) -> dict[str, Any]:

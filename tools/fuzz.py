@@ -4,9 +4,8 @@
     python tools/fuzz.py --first=17 --cases=1      # this case alone, with its output
     python tools/fuzz.py --cases=60 --unchecked    # hashes are not compared: it must find harm
 
-Each case runs one command in a copy of a small run. The command may end as it likes, in a traceback
-too, but must not run what a file holds, write or delete what is not its own, die of a signal, or go
-on for ever. Numbers that a hash shows to be altered must not change a result.
+Each case runs one command in a copy of a small run. It may end in a traceback, but not run what a
+file holds, write or delete what is not its own, die of a signal, hang, or use altered numbers.
 """
 
 import argparse

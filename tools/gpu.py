@@ -4,8 +4,8 @@
     python tools/gpu.py kernels steps    # some of: tests kernels sweep steps runs decode
     python tools/gpu.py --smoke          # tiny shapes on a CPU: does this still run?
 
-Each part is a command with a time limit. Every row is written as it comes, so that nothing is lost
-when a part is cut off. Nothing is downloaded; the first part needs pytest, the last transformers.
+Each part is a command with a time limit, and every row is written as it comes. Nothing is
+downloaded; the first part needs pytest, the last transformers.
 """
 
 import argparse

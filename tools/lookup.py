@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 import train
-from configs import Config, UserError, load, run_command, with_recorded
+from configs import Config, UserError, load, regular, run_command, with_recorded
 from data import Data, Visit, load_data, read_json, step_sequences, step_to_visit
 from model import LLaMA
 from parallel import build_for_inference
@@ -108,7 +108,7 @@ def read_index(directory: Path, source: str) -> tuple[np.ndarray, list[str]]:
     for entry in data.manifest["documents"]:
         if entry["file"] in (f"documents/{source}.npy", "documents/files.json"):
             data.verify_file(entry)
-    index = np.load(directory / "documents" / f"{source}.npy", mmap_mode="r", allow_pickle=False)
+    index = np.load(regular(directory / "documents" / f"{source}.npy"), "r", allow_pickle=False)
     return index, read_json(directory / "documents" / "files.json")[source]
 
 
@@ -220,9 +220,11 @@ def passage_loss(model: LLaMA, data: Data, place: Place) -> float:
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
-    # What the run itself has recorded comes before the config: that may have changed since, or
-    # another --seed was given. Without a run the config says what one would read.
+    # What the run has recorded comes before the config, which may have changed since.
     config = with_recorded(config, read_json(Path(config.run_dir) / "config.json"))
+    for path in ckpt.list_checkpoints(config.run_dir)[-1:]:
+        if ckpt.read_manifest(path)["data_sha256"] != load_data(config.data_dir).sha256:
+            raise UserError(f"{path} was trained on other data than {config.data_dir} holds.")
     if flags.find:
         find(config, flags.find)
     elif flags.step:

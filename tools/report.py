@@ -137,7 +137,8 @@ def stage_panels(run_dir: Path) -> list[Panel]:
     while run_dir not in [run for run, _ in stages] and (saved := list_checkpoints(run_dir)):
         origin = read_manifest(saved[-1]).get("started_from") or {}
         stages.append((run_dir, origin.get("tokens") or 0))
-        if not origin:
+        there = read_manifest(Path(origin.get("path", ""))).get("weights_sha256")
+        if not origin or there != origin["weights_sha256"]:  # it was trained anew since
             break
         run_dir = Path(origin["path"]).parent
     panels: dict[str, Panel] = {}
