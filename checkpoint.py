@@ -653,16 +653,16 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
             problems[path] = str(error)
             return {}
 
-    requests = []  # (checkpoint, evaluation, its result's line without the result)
+    requests = []  # (checkpoint, evaluation, cache key, its line of the file without the result)
     for path, line in zip(paths, on_rank_zero(lambda: [*map(identify, paths)])):
         for e in evaluations if line else []:
             # A result belongs to weights, data and settings, not to the name of a checkpoint.
             key = {"weights": line["of"], "dtype": str(model.dtype)[6:], "evaluation": e.name,
                    "inputs": e.inputs}
-            requests.append((path, e, line | {"evaluation": e.name, "of": key}))
+            requests.append((path, e, json.dumps(key), line | {"evaluation": e.name, "of": key}))
     # Process 0 reads for all: the file grows as soon as one process has begun.
     results = on_rank_zero(lambda: {} if again else cached_results(file))
-    todo = [request for request in requests if json.dumps(request[2]["of"]) not in results]
+    todo = [request for request in requests if request[2] not in results]
     if rank() == 0 and len(todo) < len(requests):
         tqdm.write(f"{len(requests) - len(todo)} results were measured before, and are those of"
                    f" {file} (--again=true measures anew).")
@@ -675,11 +675,11 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
         except UserError as error:
             problems[path] = str(error)
             continue
-        for _, e, line in tqdm([*group], desc=path.name, leave=False, disable=None):
-            measured[json.dumps(line["of"])] = line | {"result": e.run(model)}
+        for _, e, key, entry in tqdm([*group], desc=path.name, leave=False, disable=None):
+            measured[key] = entry | {"result": e.run(model)}
             try:
-                json.dumps(measured[json.dumps(line["of"])], allow_nan=False)
-                append_record(file, measured[json.dumps(line["of"])])
+                json.dumps(measured[key], allow_nan=False)
+                append_record(file, measured[key])
             except ValueError:
                 problems[path] = f"{path}: the result of {e.name} is not finite."
                 break
@@ -687,14 +687,14 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
                 unwritten = f"{file} could not be written ({error.strerror})."
     if unwritten:
         tqdm.write(f"{unwritten} What was measured now is shown, and not kept.")
-    for theirs in parallel.all_gather_object((measured, problems)):
-        results |= theirs[0]
-        problems |= theirs[1]
+    for rank_results, rank_problems in parallel.all_gather_object((measured, problems)):
+        results |= rank_results
+        problems |= rank_problems
     for problem in problems.values() if rank() == 0 else []:
         tqdm.write(f"Skipping {problem}")
     # Two checkpoints with the same weights share a result, and keep their own names and steps.
-    results = [results[json.dumps(line["of"])] | line | {"path": path}
-               for path, _, line in requests if path not in problems]
+    results = [results[key] | entry | {"path": path}
+               for path, _, key, entry in requests if path not in problems]
     if not results:
         raise UserError(f"No checkpoint could be measured: {[*problems.values()][0]}")
     return results

@@ -358,7 +358,7 @@ def main(argv: list[str]) -> None:
         evaluations.append(ckpt.Evaluation(f"chunk {numbers[chunk]}", inputs, run))
     model, out = build_for_inference(config), Path(config.run_dir)
     records = ckpt.evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations,
-                                   data.tokenizer, flags.again)
+                                        data.tokenizer, flags.again)
     if rank() == 0:
         summary = summarize(config, data, records, chunks, flags)
         print(summary_text(summary))

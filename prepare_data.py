@@ -611,7 +611,7 @@ def start_worker() -> None:
     """What each worker does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
-    # When the parent is killed, nobody else would end its workers.
+    # A killed parent cannot end its workers, so each of them waits for its end.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

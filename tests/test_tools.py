@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from helpers import ROOT, jsonl, sentences
+from test_train import CONFIG
 
 import eval as evaluation
 import memorize
@@ -18,15 +19,6 @@ from checkpoint import read_records, write_records
 from configs import UserError, load
 from data import load_data, read_json, write_json
 from tools import bands, check, compare, page, report
-
-# 3 chunks of 6 steps of 8 sequences.
-CONFIG = """
-hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = 32, 64, 2, 2
-vocab_size, seq_len, n_chunks, sequences_per_chunk, valid_sequences = 300, 32, 3, 50, 6
-global_batch_size, micro_batch_size, eval_sequences, eval_interval = 8, 4, 6, 4
-learning_rate, min_learning_rate, warmup_steps = 1e-2, 1e-3, 3
-dtype, threads, sample_tokens, workers, keep_train_state = "float32", 1, 4, 1, 0
-"""
 
 
 @pytest.fixture(scope="module")
