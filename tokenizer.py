@@ -75,10 +75,10 @@ class Tokenizer:
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]):
         # tiktoken's X{1,3}+ never gives back what it took; to Hugging Face it is (X{1,3})+.
         pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", pattern)
-        # tiktoken gets no specials: it would look for their names in the text.
+        # EOT is allowed in no text. Without any special, tiktoken seeks "" at every position.
         self.core = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
-                                      special_tokens={})
-        vocab = {"".join(LETTERS[b] for b in piece): rank for piece, rank in ranks.items()}
+                                      special_tokens={EOT: len(ranks)})
+        vocab = {p.decode("latin-1").translate(LETTERS): rank for p, rank in ranks.items()}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
                  "invert": False}
         as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -235,7 +235,7 @@ class LlamaTokenizer(Tokenizer):
         beginnings = {c[:n] for c in characters for n in range(2, len(c))}
         ranked = [bytes([b]) for b in range(256)] + sorted(beginnings) + characters
         ranked += dict.fromkeys(spell(merge.replace(" ", "")).encode() for merge in merges)
-        self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={},
+        self.core = tiktoken.Encoding("llama", pat_str=LLAMA_PATTERN, special_tokens={EOT: 0},
                                       mergeable_ranks={p: rank for rank, p in enumerate(ranked)})
         # A rank has one id: (n_ranks, 3), filled up with -1. But the beginning of a character that
         # LLaMA does not know is spelled in two or three bytes.
@@ -269,7 +269,7 @@ class LlamaTokenizer(Tokenizer):
 def any_of(*names: str) -> re.Pattern:
     """Finds any of the names, the longest that fits, as Hugging Face's matcher does."""
     alternatives = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
-    return re.compile(f"({'|'.join(alternatives)})" if names else "(?!)")  # (?!) is never found
+    return re.compile(f"({'|'.join(alternatives) or chr(0xD800)})")  # no text has a lone surrogate
 
 
 class HubTokenizer(Tokenizer):
@@ -330,11 +330,10 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
             content["added_tokens"].append({"id": i, "content": name} | SPECIAL)
             content["model"]["vocab"][name] = i
         settings = tokenizer.config | {"split_special_tokens": True}
-        tokenizer = read_tokenizer(json.dumps(content).encode(), json.dumps(settings).encode())
-    missing = [name for name in FIM_TOKENS if name not in tokenizer.specials]
-    if config.fim_rates and missing:
-        raise UserError(f"fim_rates: the tokenizer {config.tokenizer} has no {missing[0]};"
-                        " set crystal_tokens = True.")
+        tokenizer = read_tokenizer(*(json.dumps(x, indent=1).encode() for x in (content, settings)))
+    if config.fim_rates and not tokenizer.specials.keys() >= set(FIM_TOKENS):
+        raise UserError(f"fim_rates: the tokenizer {config.tokenizer} has no tokens for"
+                        " infilling; set crystal_tokens = True.")
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"vocab_size is {config.vocab_size}, but the tokenizer {config.tokenizer}"
                         f" has {tokenizer.n_vocab} ids: set vocab_size to at least that.")
@@ -352,8 +351,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # of any kind: anybody may have written the JSON
         raise UserError(f"{path} is not a tokenizer.json that can be followed here"
                         f" ({type(error).__name__}: {error}). One that is neither LLaMA's nor ours"
-                        " takes one more package: pip install tokenizers. A sentencepiece .model is"
-                        " not read.")
+                        " needs: pip install tokenizers. A sentencepiece .model is not read.")
 
 
 def load_tokenizer(directory: Path, entry: dict[str, Any]) -> Tokenizer:
@@ -377,7 +375,7 @@ def read_tokenizer(data: bytes, config_data: bytes) -> Tokenizer:
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         tokenizer = Tokenizer(kind, ranks, pattern, specials)
         # Hugging Face would follow whatever else it says.
-        if json.loads(tokenizer.data) != content or tokenizer.config != config:
+        if tokenizer.data != data or tokenizer.config != config:
             raise ValueError(f"it is not what a tokenizer of the kind {kind} is saved as")
         return tokenizer
     eos = config.get("eos_token") or (EOT if EOT in specials else "</s>")
