@@ -21,7 +21,6 @@ run: .venv/run.installed
 	@$(PY) memorize.py $(CONFIG) --sequences=100
 	@$(PY) audit.py $(CONFIG) --sequences=32
 	@$(PY) tools/report.py $(CONFIG)
-	@$(PY) tools/bands.py $(CONFIG)
 
 crystal: .venv/run.installed
 	@$(PY) tools/corpus.py

@@ -1,5 +1,5 @@
 # 1.9M parameters on the embedded text (python tools/corpus.py writes it): minutes on a laptop CPU.
-# Expected at the end: loss about 3.6, 1.50 bits per byte on validation code (tools/bands.py).
+# Expected at the end: loss about 3.6, 1.50 bits per byte on validation code (tools/report.py).
 hidden_size = 128
 intermediate_size = 352
 num_hidden_layers = 4

@@ -2,12 +2,17 @@
 
     python tools/report.py runs/a runs/b ...
 
-Printed, and written beside the first run: compare.html with the curves, compare.csv with a line per
-run. Runs of different length are compared at equal tokens. Runs that differ in nothing but seeds
-are one group. Groups that validate on the same text and have seeds in common are compared seed by
-seed, because what the seed does to both of a pair cancels in their difference.
+Printed, and written beside the first run: compare.html with pictures, compare.csv with the numbers.
+Runs of different length are compared at equal tokens. Runs that differ in nothing but seeds are one
+variant. Variants that validate on the same text and have seeds in common are compared seed by seed,
+because what the seed does to both of a pair cancels in their difference.
+
+Of many comparisons some look good by chance. So the headline is one figure, bits per byte as the
+mean over sources; all others are a family apart. The p-values of a family are Holm's (1979): where
+nothing differs, at most one family in twenty has a difference that is called more than chance.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -16,17 +21,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from checkpoint import list_checkpoints, read_manifest, read_metrics, read_records, weights_hash
-from configs import Config, UserError, load, open_ours
-from data import load_data, read_json, sha256_json
-from eval import by_checkpoint
-from model import meta_model
-from tools.page import Panel, curve_figures, paragraph, smooth, table, text, write_page
+import numpy as np
 
-Runs = dict[str, dict[str, Any]]  # by their directories, as `read_run` reads them
-Groups = dict[str, dict[tuple, dict[str, float]]]  # results by other settings, then by SEEDS
-Lines = list[list[str]]  # a table, its head first
+from checkpoint import list_checkpoints, read_manifest, read_metrics, read_records, weights_hash
+from configs import UserError, load, open_ours
+from data import load_data, read_json, sha256_json
+from eval import by_checkpoint, value
+from model import meta_model
+from tools import page
+from tools.page import Curve, Panel, number
+
+Variants = dict[str, dict[tuple, dict[str, Any]]]  # runs by their other settings, then by SEEDS
+Rows = list[dict[str, Any]]  # of a table
 SEEDS = ("seed", "init_seed")
+HEADLINE = "bits per byte"
 
 
 def read_steps(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -51,150 +59,164 @@ def read_run(path: str) -> dict[str, Any]:
     """Settings, log and validations of a run directory."""
     steps, settings = read_steps(path), read_json(Path(path, "config.json"))
     config, saved = load([path])[0], list_checkpoints(path)
-    data_sha256 = read_manifest(saved[-1])["data_sha256"] if saved else ""
-    # Runs of other data are no repetitions of each other, even if all their settings are the same.
-    settings["data"] = data_sha256[:12]
-    return {"settings": settings, "steps": steps, "model": meta_model(config),
-            "validated_on": (validation_hash(config, data_sha256), config.eval_sequences),
-            "valid": {step["tokens"]: step["valid"] for step in steps if "valid" in step}}
-
-
-def validation_hash(config: Config, data_sha256: str) -> str:
-    """A hash of the text that a run validates on; where its data are gone, of all its data."""
+    trained_on = validated_on = read_manifest(saved[-1])["data_sha256"] if saved else ""
     # Mixtures of the same sources are worth comparing: they may have the same validation sequences.
-    try:
+    with contextlib.suppress(UserError):
         data = load_data(config.data_dir)
-    except UserError:
-        return data_sha256
-    # The directory may hold other data by now.
-    return sha256_json(data.manifest["valid"]) if data.sha256 == data_sha256 else data_sha256
+        if data.sha256 == trained_on:  # the directory may hold other data by now
+            validated_on = sha256_json(data.manifest["valid"])
+    # Runs of other data are no repetitions of each other, even if all their settings are the same.
+    settings |= {"data": trained_on[:12], "validated_on": (validated_on, config.eval_sequences)}
+    return {"settings": settings, "steps": steps, "model": meta_model(config),
+            "valid": {step["tokens"]: step["valid"] for step in steps if "valid" in step}}
 
 
 def scores(run: dict[str, Any], at: int) -> dict[str, float]:
     """The results of a run at a number of tokens, or at its end (0)."""
     by_source = run["valid"].get(at or max(run["valid"], default=0), {})
-    found = {}
-    for name, key in (("validation loss", "loss"), ("bits per byte", "bits_per_byte")):
-        if by_source:
-            found[name] = statistics.fmean(result[key] for result in by_source.values())
-    return found | {f"  {source}": r["bits_per_byte"] for source, r in by_source.items()}
+    found = {f"{HEADLINE} of {name}": number(r.get("bits_per_byte"))
+             for name, r in by_source.items()}
+    return {HEADLINE: statistics.fmean(found.values())} | found if found else {}
 
 
-def run_lines(runs: Runs, differing: list[str], at: int) -> Lines:
-    """A column per run: the settings that differ, its size, its results."""
-    columns = []
-    for name, run in runs.items():
-        model, tokens = run["model"], at or run["steps"][-1]["tokens"]
-        flops = model.flops_per_token(model.config.seq_len) * tokens
-        speed = statistics.median(step["tokens_per_s"] for step in run["steps"])
-        cells = {"": name} | {key: str(run["settings"].get(key)) for key in differing}
-        cells |= {"parameters": f"{model.n_params:,}", "tokens": f"{tokens:,}",
-                  "FLOPs": f"{flops:.3g}", "tokens/s": f"{speed:,.0f}"}
-        columns.append(cells | {key: f"{x:.3f}" for key, x in run["results"].items()})
-    return [[name, *(cells[name] for cells in columns)] for name in columns[0]]
+def statistics_of(variants: Variants, figures: list[str], own: list[str]) -> Rows:
+    """For each figure the mean of every variant, with the standard deviation over its seeds; and
+    the difference of every two, seed by seed, with its standard error and what it shows."""
+    rows: Rows = []
+    for figure in figures:
+        for name, group in variants.items():
+            values = [run["results"][figure] for run in group.values()]
+            rows.append(mean("variant", name, figure, values))
+        for a, b in combinations(variants.values(), 2):
+            old, new = ([*group.values()][0]["settings"] for group in (a, b))
+            change = ", ".join(f"{key} {old.get(key)} to {new.get(key)}" for key in own
+                               if old.get(key) != new.get(key))
+            found = [b[seed]["results"][figure] - a[seed]["results"][figure]
+                     for seed in a if seed in b and old["validated_on"] == new["validated_on"]]
+            rows += [mean("difference", change, figure, found)] if found else []
+    for headline in (True, False):
+        family = [row for row in rows if row["kind"] == "difference"
+                  and (row["figure"] == HEADLINE) == headline]
+        adjusted = 0.0
+        for factor, row in zip(range(len(family), 0, -1), sorted(family, key=chance)):
+            adjusted = max(adjusted, min(1.0, factor * chance(row)))
+            row |= {"p": adjusted, "verdict": verdict(row, factor, adjusted)}
+    return rows
 
 
-def spread_lines(groups: Groups, names: list[str]) -> Lines:
-    """A line per group: mean and standard deviation over its seeds."""
-    lines = [["", "runs", *names]]
-    for label, group in groups.items():
-        lines.append([label, str(len(group))])
-        for name in names:
-            values = [results[name] for results in group.values()]
-            deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            lines[-1].append(f"{statistics.fmean(values):.3f}{deviation}")
-    return lines
+def mean(kind: str, name: str, figure: str, values: list[float]) -> dict[str, Any]:
+    """A mean with its deviation or, of differences, its standard error: NaN of a single value."""
+    n, deviation = len(values), statistics.stdev(values) if len(values) > 1 else math.nan
+    return {"kind": kind, "name": name, "figure": figure, "n": n, "value": statistics.fmean(values),
+            "spread": deviation / math.sqrt(n) if kind == "difference" else deviation}
 
 
-def pair_lines(groups: Groups, names: list[str]) -> Lines:
-    """For each two groups the difference of each result, seed by seed, and what it shows."""
-    lines = [["second minus first", "result", "pairs", "difference", "shows"]]
-    for (first, a), (second, b) in combinations(groups.items(), 2):
-        for name in names:
-            differences = [b[seed][name] - a[seed][name] for seed in a if seed in b]
-            if differences:
-                lines.append([f"{second} - {first}", name.strip(), str(len(differences)),
-                              *judge(differences)])
-    return lines
+def chance(row: dict[str, Any], pairs: int = 0) -> float:
+    """How probable so large a difference is by chance (Student's t), also if `pairs` pairs had its
+    mean and deviation. One pair has no error: 1."""
+    n, x, error = row["n"], row["value"], row["spread"]
+    if math.isnan(x + error) or not error:
+        return float(math.isnan(x + error) or not x)
+    t, df = abs(x) / error * math.sqrt((pairs or n) / n), (pairs or n) - 1
+    # With t = sqrt(df) tan(angle) the density of t is cos(angle) ** (df - 1), but for a factor.
+    tail, half = (np.linspace(low, math.pi / 2, 1001) for low in (math.atan(t / math.sqrt(df)), 0))
+    return float(np.trapezoid(np.cos(tail) ** (df - 1), tail)
+                 / np.trapezoid(np.cos(half) ** (df - 1), half))
 
 
-def judge(differences: list[float]) -> tuple[str, str]:
-    """A mean difference with its standard error; and whether that is more than chance, or how many
-    more seeds would show it if the true difference were this one."""
-    mean, n = statistics.fmean(differences), len(differences)
-    if n < 2:
-        return f"{mean:+.3f}", "one pair has no error: train another seed"
-    deviation, needed = statistics.stdev(differences), n
-    while needed < 1000 and abs(mean) <= t95(needed) * deviation / math.sqrt(needed):
-        needed += 1
-    found = f"{mean:+.3f} ± {deviation / math.sqrt(n):.3f}"
-    if needed == n:
-        return found, "more than chance"
-    more = f"about {needed - n}" if needed < 1000 else "hundreds"
-    return found, f"nothing yet: more seeds would decide, {more}"
+def verdict(row: dict[str, Any], factor: int, adjusted: float) -> str:
+    """Whether a difference is more than chance, or how many more seeds would show it if the true
+    difference were this one; Holm multiplies its p-value with the factor."""
+    n = row["n"]
+    if adjusted <= 0.05 or n < 2:
+        return "more than chance" if n > 1 else "one pair has no error: train another seed"
+    needed = next((m for m in range(n + 1, 200) if factor * chance(row, m) <= 0.05), 0)
+    more = f"about {needed - n}" if needed else "hundreds"
+    return f"nothing yet: more seeds would decide, {more}"
 
 
-def t95(n: int) -> float:
-    """How many standard errors the mean of n values must be from 0, to be so by chance once in
-    twenty times (Student's t)."""
-    return {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(n, 1.96 + 3 / n)
-
-
-def aligned(lines: Lines) -> str:
+def aligned(records: Rows) -> str:
     """Cells under each other, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths))
-                     for line in lines)
+    padded = [[cell.rjust(max(map(len, column))) for cell in column]
+              for column in zip(*page.columns(records))]
+    return "\n".join(map("  ".join, zip(*padded)))
 
 
-def panels(runs: Runs) -> list[Panel]:
-    """Validation curves of every source, and the training loss."""
+def curves(entries: list[dict[str, Any]], kind: str) -> dict[str, Curve]:
+    """A curve over tokens for each source or task that entry[kind] has, through all entries."""
+    found: dict[str, Curve] = {}
+    for entry in entries:
+        for name, result in entry.get(kind, {}).items():
+            y = number(value(result) if isinstance(result, dict) else result)
+            curve = found.setdefault(name.removeprefix("validation "), Curve([], len(found)))
+            curve.points.append((number(entry["tokens"]), y))
+    return found
+
+
+def panels(variants: Variants) -> list[Panel]:
+    """Training loss and bits per byte of each source: a curve per variant, the mean of its seeds,
+    in a band from the smallest to the largest."""
     found: dict[str, Panel] = {}
-    for name, run in runs.items():
-        losses = smooth([(step["tokens"], step["loss"]) for step in run["steps"]])
-        # The steep beginning would flatten all the rest.
-        curves = {"training loss": losses[len(losses) // 10 :]}
-        for tokens, by_source in run["valid"].items():
-            for source, result in by_source.items():
-                points = curves.setdefault(f"bits per byte: {source}", [])
-                points.append((tokens, result["bits_per_byte"]))
-        for title, points in curves.items():
-            found.setdefault(title, Panel(title, {})).curves[name] = points
+    for color, (variant, group) in enumerate(variants.items()):
+        series: dict[str, dict[float, list[float]]] = {}  # by title and tokens, of each seed
+        for run in group.values():
+            losses = page.smooth([(step["tokens"], number(step["loss"])) for step in run["steps"]])
+            # The steep beginning would flatten all the rest.
+            drawn = {"Training loss": Curve(losses[len(losses) // 10 :])}
+            for title, curve in (drawn | curves(run["steps"], "valid")).items():
+                for x, y in curve.points:
+                    series.setdefault(title, {}).setdefault(x, []).append(y)
+        for title, at in series.items():
+            unit = "nats per token" if title == "Training loss" else HEADLINE
+            at = {x: ys for x, ys in at.items() if len(ys) == len(group)}  # where all seeds are
+            found.setdefault(title, Panel(title, unit, {})).curves[variant] = Curve(
+                [(x, statistics.fmean(ys)) for x, ys in at.items()], color,
+                [(min(ys), max(ys)) for ys in at.values()])
     return list(found.values())
 
 
 def main(argv: list[str]) -> None:
     runs = {path: read_run(path) for path in argv}
     first, *others = [run["settings"] for run in runs.values()]
-    differing = [key for key in first if key not in ("name", "run_dir", "data_dir")
+    differing = [key for key in first if key not in ("name", "run_dir", "data_dir", "validated_on")
                  and any(settings.get(key) != first[key] for settings in others)]
+    own = [key for key in differing if key not in SEEDS]
     # The most tokens at which all have validated, 0 if there are none.
     at = max(set.intersection(*(set(run["valid"]) for run in runs.values())), default=0)
     note = (f"All are compared at {at:,} tokens, the most that all have validated at." if at else
             "They have not all validated at the same number of tokens: each is shown at its end.")
-    results = [scores(run, at) for run in runs.values()]
-    names = [name for name in results[0] if all(name in others for others in results)]
-    groups: Groups = {}
-    for run, found in zip(runs.values(), results):
-        run["results"] = {name: found[name] for name in names}
-        label = ", ".join(f"{key} {run['settings'].get(key)}" for key in differing
-                          if key not in SEEDS)
-        seeds = tuple(run["settings"].get(key) for key in SEEDS)
-        groups.setdefault(label or "all", {})[seeds] = run["results"]
-    tables = {note: run_lines(runs, differing, at)}
-    if len(groups) < len(runs):
-        tables["mean ± standard deviation over seeds"] = spread_lines(groups, names)
-    pairs = pair_lines(groups, names)
-    same_text = len({run["validated_on"] for run in runs.values()}) == 1
-    if len(pairs) > 1 and same_text:
-        tables["seed by seed: difference ± standard error (more than chance: t-test, 95 %)"] = pairs
-    print("\n\n".join(f"{title}\n{aligned(lines)}" for title, lines in tables.items()))
-    if not same_text:
-        print("They have not all validated on the same text: no difference is taken seed by seed.")
-    figures = "".join(f"<h3>{text(title)}</h3>{table(lines)}" for title, lines in tables.items())
+    rule = ("More than chance: p <= 0.05 in a t-test after Holm's correction, of the headline (the"
+            " mean over sources) and, apart from it, of the sources. Of runs that validate on"
+            " different text no difference is taken.")
+    facts: Rows = []
+    variants: Variants = {}
+    for path, run in runs.items():
+        settings, run["results"] = run["settings"], scores(run, at)
+        speed = round(statistics.median(step["tokens_per_s"] for step in run["steps"]))
+        facts.append({"run": path} | {key: str(settings.get(key)) for key in differing} | {
+            "parameters": run["model"].n_params, "tokens": at or run["steps"][-1]["tokens"],
+            "tokens/s": speed} | run["results"])
+        name = ", ".join(f"{key} {settings.get(key)}" for key in own) or "all"
+        variants.setdefault(name, {})[tuple(settings.get(key) for key in SEEDS)] = run
+    figures = [name for name in run["results"] if all(name in of for of in facts)]
+    rows = statistics_of(variants, figures, own)
+    print(note, aligned(facts), aligned(rows), rule, sep="\n\n")
+    headline = [row for row in rows if (row["kind"], row["figure"]) == ("variant", HEADLINE)]
+    bars = {name: Curve([(i + 1, x)], i, [(x - deviation, x + deviation)])
+            for i, (_, name, _, _, x, deviation) in enumerate(row.values() for row in headline)}
     path = Path(argv[0]).absolute().parent / "compare.html"
-    write_page(path, " and ".join(runs), paragraph(f"python tools/report.py {' '.join(argv)}"),
-               {"Figures": figures, "Curves": curve_figures(panels(runs))})
+    page.write_page(
+        path, f"{len(runs)} runs of {len(variants)} variants", note,
+        [(f"{r['value']:.3f} {HEADLINE}", f"{r['name']}: ± {r['spread']:.3f}, {r['n']} runs")
+         for r in headline],
+        page.tag("div", *map(page.chart, [
+            Panel("Mean over sources, and deviation over seeds", HEADLINE, bars, None, "variant"),
+            *panels(variants)]), kind="grid"),
+        "<h2>Means, and differences seed by seed</h2>", page.table(rows), *page.paragraphs([rule]),
+        page.details("Runs", page.table(facts)),
+        *page.paragraphs([f"python tools/report.py {' '.join(argv)}"]))
     with io.TextIOWrapper(open_ours(path.with_suffix(".csv")), "utf-8", newline="") as f:
-        csv.writer(f).writerows(zip(*run_lines(runs, differing, at)))
-    print(f"Curves: {path}; figures: {path.with_suffix('.csv')}")
+        csv.writer(f).writerows(page.columns([
+            {"kind": "run", "name": of["run"], "figure": key, "n": 1, "value": x}
+            for of in facts for key, x in of.items() if key != "run"] + rows, ".6g"))
+    print(f"\nPictures: {path}; figures: {path.with_suffix('.csv')}")

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from checkpoint import append_record, read_records  # noqa: E402
 from configs import UserError, load, run_command  # noqa: E402
-from tools.page import new_figure  # noqa: E402
 
 BASE, WIDTHS = 32, (32, 64, 128, 256)
 RATES = [2.0**-k for k in (4, 5, 6, 7, 8, 9, 10, 11)]
@@ -50,7 +49,8 @@ def measure(base: int, width: int, rate: float) -> float:
 def draw(results: list[dict]) -> None:
     """Print the losses; docs/mup.png: loss against rate, a curve for each width, its best rate in
     a circle."""
-    figure = new_figure(9, 3.6)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for base, width in NETWORKS:
         points = sorted((r["rate"], r["loss"]) for r in results
