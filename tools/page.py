@@ -1,8 +1,7 @@
 """A web page that needs nothing else: text, tables and pictures (inline SVG) in one HTML file.
 
-For tools/report.py and tools/compare.py. The page has no script, no font and no address in it. It
-suits a laptop, a telephone and paper, and the light or dark colours that the reader has chosen.
-What the files of a run hold may be a stranger's: `text` makes text of any of it, `number` a number.
+It has no script, no font and no address; page.css has its look: laptop, telephone, paper, dark and
+light. What files of a run hold may be a stranger's: `text` makes text of it, `number` a number.
 """
 
 import html
@@ -48,8 +47,9 @@ def text(value: Any) -> str:
 
 def human(n: float) -> str:
     """A large number in three digits: 3.48M."""
-    power = max(0, min(4, int(math.log10(max(n, 1)) // 3)))
-    return f"{n / 1000**power:.3g}{' kMBT'[power].strip()}"
+    n = float(f"{n:.3g}")
+    power = min(4, int(math.log10(max(n, 1)) // 3))
+    return f"{n / 1000**power:g}{' kMBT'[power].strip()}"
 
 
 def smooth(points: Points, take: Callable[..., Any] = np.mean) -> Points:
@@ -109,7 +109,8 @@ def chart(panel: Panel) -> str:
     for name, (points, color, spread, dashed) in panel.curves.items():
         look = f"c{color % 6}" + " dash" * (dashed or color >= 6)
         legend += f'<i class="{look}">{text(name)}</i>' * (len(drawn) > 1)
-        edges = [(place(x, low), place(x, high)) for (x, _), (low, high) in zip(points, spread)]
+        edges = [(place(x, low), place(x, high)) for (x, _), (low, high) in zip(points, spread)
+                 if math.isfinite(low + high)]
         parts += [path([low for low, _ in edges] + [high for _, high in reversed(edges)],
                        f"band c{color % 6}"), path([place(*point) for point in points], look)]
         parts += ['<circle class="c{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{} {:.4g}</title>'
@@ -121,8 +122,7 @@ def chart(panel: Panel) -> str:
                f'<svg viewBox="0 0 380 232" role="img">{"".join(parts)}</svg>')
 
 
-def heat(title: str, about: str, values: np.ndarray, rows: Sequence[Any],
-         columns: Sequence[Any]) -> str:
+def heat(title: str, about: str, values: np.ndarray, rows: Sequence, columns: Sequence) -> str:
     """Values (R, C) as shades of a table, the first row at the bottom; NaN is left empty. If some
     are negative 0 is blank, and these have another colour; else the smallest is blank."""
     base = max(0, np.nanmin(values, initial=1e99))

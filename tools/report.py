@@ -203,20 +203,20 @@ def main(argv: list[str]) -> None:
                       ", ".join(f"{name} {x:.2f}" for name, x in last.items())))
     if tasks:
         right, guess = np.mean([(number(value(r)), r["chance"]) for r in tasks.values()], axis=0)
-        cards.append((f"{right:.0%} of questions", f"answered right; a guess gets {guess:.0%}",
+        cards.append((f"{right:.0%} of questions", f"answered right (a guess: {guess:.0%})",
                       ", ".join(f"{name} {number(value(r)):.0%} ± {r[r['metric'] + '_se']:.0%}"
                                 for name, r in tasks.items())))
     if ages := {age: -number(f["loss"]) for age, f in memory.get("forgetting", {}).items()}:
         recited = sum(f["extractible"] * f["sequences"] for f in memory["by_source"].values())
         cards.append((f"{[*ages.values()][0]:.2f} nats", "remembered of the chunk just read",
-                      f"{[*ages.values()][-1]:.2f} at age {[*ages][-1]}; recites {recited:.0f}"))
+                      f"{[*ages.values()][-1]:.2f} at age {[*ages][-1]}; recited: {recited:.0f}"))
     found = f"{len(audit.get('findings', [])) or 'nothing'} found" if audit else "not audited"
-    cards.append((found, "by the audit", f"{len(audit.get('checkpoints', []))} checkpoints"))
+    cards.append((found, "by the audit", f"checkpoints {len(audit.get('checkpoints', []))}"))
     model, tokens = meta_model(config), log[-1]["tokens"]
     lead = (f"A language model of {human(model.n_params)} parameters that has read {human(tokens)}"
             f" tokens: {'; '.join(f'{large} {what}' for large, what, _ in cards)}.")
-    flops = human(model.flops_per_token(config.seq_len) * tokens)
-    minutes = sum(config.tokens_per_step / number(step.get("tokens_per_s")) for step in log) / 60
+    flops = f"{model.flops_per_token(config.seq_len) * tokens:.3g}"
+    minutes = np.nansum(config.tokens_per_step / np.array([y for _, y in speed])) / 60
     cards.append((f"{minutes:,.0f} minutes", "of training", f"{len(log):,} steps, {flops} FLOPs"))
     words = re.findall(r"\*\*(.+?)\*\*: (.+)", (bands.ROOT / "docs/glossary.md").read_text("utf-8"))
     page.write_page(
