@@ -22,7 +22,7 @@ class Curve(NamedTuple):
     points: Points  # in order of x
     color: int = 0
     spread: Sequence[tuple[float, float]] = ()  # (low, high) at each point: a band; of one, a bar
-    dashed: bool = False
+    dotted: bool = False
 
 
 class Panel(NamedTuple):
@@ -106,8 +106,8 @@ def chart(panel: Panel) -> str:
     for y in rows:
         parts += [across(y, "line"), words_at(left - 6, place(0, y)[1] + 4, "end", f"{y:,.6g}")]
     legend = ""
-    for name, (points, color, spread, dashed) in panel.curves.items():
-        look = f"c{color % 6}" + " dash" * (dashed or color >= 6)
+    for name, (points, color, spread, dotted) in panel.curves.items():
+        look = f"c{color % 6}" + " dash" * (color >= 6) + " dots" * dotted
         legend += f'<i class="{look}">{text(name)}</i>' * (len(drawn) > 1)
         edges = [(place(x, low), place(x, high)) for (x, _), (low, high) in zip(points, spread)
                  if math.isfinite(low + high)]

@@ -49,7 +49,7 @@ def records(config: Config, manifests: dict[str, Any], audit: dict[str, Any]) ->
              | checked.get(name, {}) | {"sha256 of the weights": m["weights_sha256"][:16]}
              for name, m in manifests.items()]
     said = [f"{key}: {line}" for key, found in audit.items() if isinstance(found, list)
-            for line in found] or ["The audit found nothing." if audit else "Not audited yet."]
+            for line in found or [f"no {key}"]]
     sources = read_json(Path(config.data_dir, "manifest.json")).get("sources", [])
     newest = [{}, *manifests.values()][-1]
     own = [{"setting": key, "here": repr(x), "default": repr(default[key])}
@@ -70,7 +70,7 @@ def published_scores(path: str, ours: dict[str, Curve], tokens: int) -> dict[str
     for name, curve in ours.items():
         if points := [(float(line["tokens"]), float(line[name])) for line in lines
                       if line.get(name) and float(line["tokens"]) <= tokens]:
-            found[f"{name}, published"] = Curve(points, curve.color, dashed=True)
+            found[f"{name}, published"] = Curve(points, curve.color, dotted=True)
     return found
 
 
@@ -218,7 +218,7 @@ def main(argv: list[str]) -> None:
     flops = f"{model.flops_per_token(config.seq_len) * tokens:.3g}"
     minutes = np.nansum(config.tokens_per_step / np.array([y for _, y in speed])) / 60
     cards.append((f"{minutes:,.0f} minutes", "of training", f"{len(log):,} steps, {flops} FLOPs"))
-    words = re.findall(r"\*\*(.+?)\*\*: (.+)", (bands.ROOT / "docs/glossary.md").read_text("utf-8"))
+    words = re.findall(r"\*\*(.+)\*\*: (.+)", (bands.ROOT / "tools/glossary.md").read_text("utf-8"))
     page.write_page(
         run_dir / "report.html", str(run_dir), lead,
         [(large, f"{what}: {more}") for large, what, more in cards],
