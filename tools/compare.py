@@ -207,8 +207,8 @@ def main(argv: list[str]) -> None:
     path = Path(argv[0]).absolute().parent / "compare.html"
     page.write_page(
         path, f"{len(runs)} runs of {len(variants)} variants", note,
-        [(f"{r['value']:.3f} {HEADLINE}", f"{r['name']}: ± {r['spread']:.3f}, {r['n']} runs")
-         for r in headline],
+        [(f"{r['value']:.3f} {HEADLINE}", f"{r['name']}: {r['n']} runs"
+          + f", ± {r['spread']:.3f}" * (r["n"] > 1)) for r in headline],
         page.tag("div", *map(page.chart, [
             Panel("Mean over sources, and deviation over seeds", HEADLINE, bars, None, "variant"),
             *panels(variants)]), kind="grid"),

@@ -119,7 +119,7 @@ def chart(panel: Panel) -> str:
     for y, words in [panel.rule] if panel.rule else []:
         parts += [across(y, "rule dash"), words_at(right, place(0, y)[1] - 5, "on", words)]
     return tag("figure", tag("figcaption", text(panel.title), tag("span", legend)),
-               f'<svg viewBox="0 0 380 232" role="img">{"".join(parts)}</svg>')
+               f'<svg viewBox="0 0 380 232" aria-label="{text(panel.title)}">', *parts, "</svg>")
 
 
 def heat(title: str, about: str, values: np.ndarray, rows: Sequence, columns: Sequence) -> str:
@@ -156,8 +156,8 @@ def columns(records: Sequence[dict[str, Any]], form: str = ".3f") -> list[list[s
     """Records as lines of a table, its head first: a column for each key, empty where it lacks."""
     lines = [[*dict.fromkeys(key for record in records for key in record)]]
     for record in records:
-        cells = [record.get(key, "") for key in lines[0]]
-        lines.append([format(x, form) if type(x) is float else str(x) for x in cells])
+        cells = [x if type(x := record.get(key, "")) is float else str(x) for key in lines[0]]
+        lines.append(["" if x != x else format(x, form) if type(x) is float else x for x in cells])
     return lines
 
 
