@@ -1,7 +1,7 @@
 """The operations of the model, each in Triton and in PyTorch, and the choice between the two.
 
     attention.py      causal attention, grouped heads, KV cache
-    rmsnorm.py        RMSNorm (Amber)
+    rmsnorm.py        RMSNorm (Amber), and the kernels of both norms
     layernorm.py      LayerNorm (Crystal)
     swiglu.py         silu(gate) * up
     rope.py           rotary embedding of q and k
@@ -13,7 +13,9 @@ refused with a sentence under "triton". With TRITON_INTERPRET=1 in the environme
 Triton is first imported, "triton" runs on the CPU in Triton's interpreter: exact and slow, for
 tests.
 
-Every operation keeps one sum in one order: two runs give the same bits.
+Every operation keeps one sum in one order: two runs on one kind of GPU give the same bits. Another
+kind gives others, since the tiles of attention and the programs that share a norm's rows suit the
+GPU, and cuBLAS's do, too. Read rmsnorm.py first: it says what a kernel is and what surrounds it.
 """
 
 import torch
@@ -72,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Returns (B, T, H, D), contiguous: `.reshape(B, T, H * D)` is a view. Triton computes S == T with
     D 64 or 128; S > T is PyTorch's under every choice.
     """
-    if _triton(q, _attention.unsupported(q, k, v)):
+    if _triton(q, _attention.unsupported(q, k, v, scale)):
         return _attention.attention_triton(q, k, v, scale)
     return _attention.attention_reference(q, k, v, scale)
 

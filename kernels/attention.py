@@ -37,17 +37,31 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) of each kernel. They are fixed, because an
 # autotuner may choose another tile in the next run, whose sums have another order and other bits.
-# They were chosen from the compiler's report, `python tools/aot.py` (the table in docs/kernels.md):
-# no spilled register, no serialized wgmma (a tensor-core product that waits for the one before),
-# and, on Hopper, two programs per SM, so that the softmax of one runs during the products of the
-# other.
-HOPPER = {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 2)}
-# Any other GPU: tiles in 74 KiB of shared memory, and 8 warps where 4 would spill registers.
-OTHER = {"forward": (64, 64, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 64, 8, 2)}
+# None has been timed. They were chosen from the compiler's report (`python tools/aot.py`, the table
+# in docs/kernels.md): no spilled register, which is a variable moved to memory because a thread has
+# 255 registers at most, and no serialized wgmma. Hopper's matrix product, wgmma, is started by four
+# warps together, which may go on while it is computed; where the compiler cannot tell that its
+# registers are left alone meanwhile, it makes each product wait for the one before. And the more
+# queries a tile has, the less often K and V are read. In the kernels that hold queries BLOCK_M is a
+# multiple of BLOCK_N, because the mask starts at a tile's edge.
+# Hopper's are those of PyTorch's FlexAttention for an H100 (torch/_inductor/template_heuristics),
+# but for the third stage of dK/dV, which spills.
+HOPPER = {"forward": (128, 64, 8, 3), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 3)}
+A100 = {"forward": (64, 64, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 64, 8, 2)}
+# 100 KiB of shared memory per SM (sm_86, 89, 120): two programs of the forward kernel fit, so that
+# the softmax of one runs during the products of the other.
+SMALL = {"forward": (64, 32, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)}
+TILES = {80: A100, 90: HOPPER, 100: HOPPER, 103: HOPPER}  # any other architecture: SMALL
 # fp32 as three tf32 products: each operand is held twice, so smaller tiles.
-# In the kernels that hold queries, BLOCK_M is a multiple of BLOCK_N: the mask starts at a tile's
-# edge.
 SINGLE = {"forward": (32, 32, 4, 1), "dkdv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)}
+# Tiles worth a try, for `tools/bench_kernels.py --sweep`. All compile for Hopper; not all fit into
+# the shared memory of every other GPU.
+SWEEP = {
+    "forward": [(128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
+                (64, 32, 4, 2)],
+    "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)],
+    "dq": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)],
+}
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -69,9 +83,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     return o.transpose(1, 2).to(dtype).contiguous()
 
 
-# A tile is ROWS consecutive positions of one head of a contiguous (B, T, H, D) tensor. On Hopper it
-# is one request to the TMA unit (tensor memory accelerator) through a descriptor, which costs no
-# address registers, loads rows past T as zeros and does not store them. Elsewhere it is pointer
+# A tile is ROWS consecutive positions of one head of a contiguous (B, T, H, D) tensor. On Hopper a
+# unit of the SM (TMA, tensor memory accelerator) copies it between memory and shared memory at one
+# request. It knows the tensor from a descriptor: no thread computes an address or keeps one in a
+# register, and rows past T are loaded as zeros and not stored. Elsewhere a tile is pointer
 # arithmetic with a mask.
 
 
@@ -85,7 +100,7 @@ def _addresses(x, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _load(x, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     if TMA:
-        return x.load([b, h, row0, 0]).reshape(ROWS, D)
+        return x.load([b, row0, h * D]).reshape(ROWS, D)
     else:
         inside = (row0 + tl.arange(0, ROWS) < T)[:, None]
         return tl.load(_addresses(x, b, h, row0, T, H, ROWS, D), mask=inside, other=0.0)
@@ -94,7 +109,7 @@ def _load(x, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.cons
 @triton.jit
 def _store(x, tile, b, h, row0, T, H, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     if TMA:
-        x.store([b, h, row0, 0], tile.reshape(1, 1, ROWS, D))
+        x.store([b, row0, h * D], tile.reshape(1, ROWS, D))
     else:
         inside = (row0 + tl.arange(0, ROWS) < T)[:, None]
         tl.store(_addresses(x, b, h, row0, T, H, ROWS, D), tile, mask=inside)
@@ -107,54 +122,70 @@ def _dot(a, b, acc=None):
 
 
 @triton.jit
-def _attend(acc, total, peak, q, k, v, b, hk, m0, n0, c, T, K, MASKED: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
-    """One tile of keys: the online softmax step. `c` is scale * log2(e)."""
-    s = _dot(q, _load(k, b, hk, n0, T, K, BLOCK_N, D, TMA).T) * c
-    if MASKED:
-        rows = m0 + tl.arange(0, BLOCK_M)
-        cols = n0 + tl.arange(0, BLOCK_N)
-        s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
-    # The first tile of keys holds one that every row may see, so the peak is finite from there on.
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    p = tl.exp2(s - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    acc = _dot(p.to(q.dtype), _load(v, b, hk, n0, T, K, BLOCK_N, D, TMA), acc * shrink[:, None])
-    return acc, total * shrink + tl.sum(p, 1), new_peak
-
-
-@triton.jit
 def _forward_kernel(q, k, v, o, lse, scale, T, H, GROUP: tl.constexpr, D: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
     # The last queries see the most keys: start with them, so that short programs come last.
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h, b = tl.program_id(1), tl.program_id(2)
+    K, hk = H // GROUP, h // GROUP
     q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
+    rows = m0 + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    c = scale * LOG2E
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
-    # Keys before the tile's first query need no mask; those beside it do; later ones are skipped.
-    for n0 in range(0, m0, BLOCK_N):
-        acc, total, peak = _attend(acc, total, peak, q_tile, k, v, b, h // GROUP, m0, n0,
-                                   scale * LOG2E, T, H // GROUP, False, BLOCK_M, BLOCK_N, D, TMA)
-    for n0 in range(m0, m0 + BLOCK_M, BLOCK_N):
-        acc, total, peak = _attend(acc, total, peak, q_tile, k, v, b, h // GROUP, m0, n0,
-                                   scale * LOG2E, T, H // GROUP, True, BLOCK_M, BLOCK_N, D, TMA)
+    # Two loops, one body: static_range unrolls, so MASKED is a constant in each copy. Keys before
+    # the tile's first query need no mask; those beside it do; later ones are skipped.
+    for MASKED in tl.static_range(2):
+        for n0 in range(m0 * MASKED, m0 + BLOCK_M * MASKED, BLOCK_N):
+            s = _dot(q_tile, _load(k, b, hk, n0, T, K, BLOCK_N, D, TMA).T)
+            if MASKED:
+                s = tl.where(rows[:, None] >= n0 + tl.arange(0, BLOCK_N)[None, :], s, float("-inf"))
+            # The first tile of keys holds one that every row may see: from there on the peak is
+            # finite. The scale is applied after max, so that s * c - peak is one instruction.
+            new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+            p = tl.exp2(s * c - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            v_tile = _load(v, b, hk, n0, T, K, BLOCK_N, D, TMA)
+            acc = _dot(p.to(q_tile.dtype), v_tile, acc * shrink[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            peak = new_peak
     # Divided once at the end instead of once per tile.
     _store(o, (acc / total[:, None]).to(q_tile.dtype), b, h, m0, T, H, BLOCK_M, D, TMA)
-    rows = m0 + tl.arange(0, BLOCK_M)
     tl.store(lse + (b * H + h) * T + rows, peak + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
-def _delta_kernel(o, do, delta, T, H, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    m0, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
+def _dq_kernel(q, k, v, o, do, dq, lse, delta, scale, T, H, GROUP: tl.constexpr, D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h, b = tl.program_id(1), tl.program_id(2)
+    K, hk = H // GROUP, h // GROUP
+    q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
+    do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, TMA)
     rows = m0 + tl.arange(0, BLOCK_M)
-    # The softmax's gradient subtracts rowsum(P * dP), which equals rowsum(dO * O).
-    o_tile = _load(o, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
-    do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, False).to(tl.float32)
-    tl.store(delta + (b * H + h) * T + rows, tl.sum(o_tile * do_tile, 1), mask=rows < T)
+    stats = (b * H + h) * T + rows
+    # The softmax's gradient subtracts rowsum(P * dP), which equals rowsum(dO * O). dK/dV needs it
+    # too, and runs after this kernel.
+    o_tile = _load(o, b, h, m0, T, H, BLOCK_M, D, TMA)
+    delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + stats, delta_row, mask=rows < T)
+    # Rows past T get LSE = inf, which makes their P zero.
+    lse_row = tl.load(lse + stats, mask=rows < T, other=float("inf"))
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)
+    # The two loops of the forward kernel.
+    for MASKED in tl.static_range(2):
+        for n0 in range(m0 * MASKED, m0 + BLOCK_M * MASKED, BLOCK_N):
+            k_tile = _load(k, b, hk, n0, T, K, BLOCK_N, D, TMA)
+            p = tl.exp2(_dot(q_tile, k_tile.T) * (scale * LOG2E) - lse_row[:, None])
+            if MASKED:
+                p = tl.where(rows[:, None] >= n0 + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
+            v_tile = _load(v, b, hk, n0, T, K, BLOCK_N, D, TMA)
+            ds = p * (_dot(do_tile, v_tile.T) - delta_row[:, None])
+            acc = _dot(ds.to(k_tile.dtype), k_tile, acc)
+    _store(dq, (acc * scale).to(q_tile.dtype), b, h, m0, T, H, BLOCK_M, D, TMA)
 
 
 @triton.jit
@@ -187,69 +218,34 @@ def _dkdv_kernel(q, k, v, do, dk, dv, lse, delta, scale, T, H, GROUP: tl.constex
     _store(dv, dv_tile.to(k_tile.dtype), b, hk, n0, T, K, BLOCK_N, D, TMA)
 
 
-@triton.jit
-def _dq_step(acc, q, do, lse, delta, k, v, b, hk, m0, n0, c, T, K, MASKED: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
-    k_tile = _load(k, b, hk, n0, T, K, BLOCK_N, D, TMA)
-    v_tile = _load(v, b, hk, n0, T, K, BLOCK_N, D, TMA)
-    p = tl.exp2(_dot(q, k_tile.T) * c - lse[:, None])
-    if MASKED:
-        rows = m0 + tl.arange(0, BLOCK_M)
-        cols = n0 + tl.arange(0, BLOCK_N)
-        p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
-    ds = p * (_dot(do, v_tile.T) - delta[:, None])
-    return _dot(ds.to(k_tile.dtype), k_tile, acc)
-
-
-@triton.jit
-def _dq_kernel(q, k, v, do, dq, lse, delta, scale, T, H, GROUP: tl.constexpr, D: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    h, b = tl.program_id(1), tl.program_id(2)
-    q_tile = _load(q, b, h, m0, T, H, BLOCK_M, D, TMA)
-    do_tile = _load(do, b, h, m0, T, H, BLOCK_M, D, TMA)
-    # Rows past T get LSE = inf, as in dK/dV.
-    rows = m0 + tl.arange(0, BLOCK_M)
-    lse_row = tl.load(lse + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
-    delta_row = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    for n0 in range(0, m0, BLOCK_N):
-        acc = _dq_step(acc, q_tile, do_tile, lse_row, delta_row, k, v, b, h // GROUP, m0, n0,
-                       scale * LOG2E, T, H // GROUP, False, BLOCK_M, BLOCK_N, D, TMA)
-    for n0 in range(m0, m0 + BLOCK_M, BLOCK_N):
-        acc = _dq_step(acc, q_tile, do_tile, lse_row, delta_row, k, v, b, h // GROUP, m0, n0,
-                       scale * LOG2E, T, H // GROUP, True, BLOCK_M, BLOCK_N, D, TMA)
-    _store(dq, (acc * scale).to(q_tile.dtype), b, h, m0, T, H, BLOCK_M, D, TMA)
-
-
 @lru_cache
-def _on_hopper(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device)[0] == 9
+def _architecture(device: torch.device) -> int:
+    """90 for Hopper (sm_90); the interpreter runs what Hopper does."""
+    major, minor = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-def _tiles(q: Tensor) -> tuple[dict[str, tuple[int, int, int, int]], bool]:
+def tiles(q: Tensor) -> tuple[dict[str, tuple[int, int, int, int]], bool]:
     """The table of tiles for this tensor, and whether they are loaded by TMA."""
     if q.dtype == torch.float32:
         return SINGLE, False
-    return (HOPPER, True) if _on_hopper(q.device) else (OTHER, False)
+    architecture = _architecture(q.device)
+    return TILES.get(architecture, SMALL), architecture == 90
 
 
-def _operands(rows: tuple[int, ...], tma: bool, tensors: tuple[Tensor, ...]) -> list:
+def _operands(tma: bool, *accessed: tuple[Tensor, int]) -> list:
     """The kernel's argument for each contiguous (B, T, H, D) tensor: a descriptor, or itself.
 
-    rows: of the tiles in which the kernel accesses each of the tensors.
+    accessed: each tensor with the rows of the tiles in which the kernel accesses it.
     """
     if not tma:
-        return list(tensors)
+        return [x for x, _ in accessed]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    # The last tile may reach past T: the descriptor knows T, and TMA ignores those rows.
-    # Heads come before positions, so that a tile is the last two dimensions of its box.
-    def describe(x: Tensor, n: int) -> TensorDescriptor:
-        B, T, H, D = x.shape
-        return TensorDescriptor(x, [B, H, T, D], [T * H * D, D, H * D, 1], [1, 1, n, D])
-
-    return [describe(x, n) for x, n in zip(tensors, rows)]
+    # (B, T, H, D) -> (B, T, H D), of which head h has the columns from h D. The last tile may reach
+    # past T: the descriptor knows T, and TMA ignores those rows.
+    return [TensorDescriptor.from_tensor(x.flatten(2), [1, rows, x.shape[-1]])
+            for x, rows in accessed]
 
 
 @torch.library.custom_op("kernels::attention", mutates_args=())
@@ -258,12 +254,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     # The model's tensors are contiguous; slices of a fused projection are copied.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
-    table, tma = _tiles(q)
+    table, tma = tiles(q)
     M, N, warps, stages = table["forward"]
     o = torch.empty_like(q)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     _forward_kernel[(triton.cdiv(T, M), H, B)](
-        *_operands((M, N, N, M), tma, (q, k, v, o)), lse, scale, T, H, GROUP=H // k.shape[2],
+        *_operands(tma, (q, M), (k, N), (v, N), (o, M)), lse, scale, T, H, GROUP=H // k.shape[2],
         D=D, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages)
     return o, lse
 
@@ -282,17 +278,16 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
     K = k.shape[2]
-    table, tma = _tiles(q)
+    table, tma = tiles(q)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(T, 64), H, B)](o, do, delta, T, H, D=D, BLOCK_M=64)
-    M, N, warps, stages = table["dkdv"]
-    _dkdv_kernel[(triton.cdiv(T, N), K, B)](
-        *_operands((M, N, N, M, N, N), tma, (q, k, v, do, dk, dv)), lse, delta, scale, T, H,
-        GROUP=H // K, D=D, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages)
     M, N, warps, stages = table["dq"]
     _dq_kernel[(triton.cdiv(T, M), H, B)](
-        *_operands((M, N, N, M, M), tma, (q, k, v, do, dq)), lse, delta, scale, T, H,
+        *_operands(tma, (q, M), (k, N), (v, N), (o, M), (do, M), (dq, M)), lse, delta, scale, T, H,
+        GROUP=H // K, D=D, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages)
+    M, N, warps, stages = table["dkdv"]
+    _dkdv_kernel[(triton.cdiv(T, N), K, B)](
+        *_operands(tma, (q, M), (k, N), (v, N), (do, M), (dk, N), (dv, N)), lse, delta, scale, T, H,
         GROUP=H // K, D=D, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages)
     return dq, dk, dv
 
@@ -331,10 +326,12 @@ class _Attention(torch.autograd.Function):
         return *grads, None
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why the Triton kernels cannot take these tensors, or ""."""
+def unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str:
+    """Why the Triton kernels cannot take these, or ""."""
     if q.shape[1] != k.shape[1]:
         return ""  # decoding: `attention_triton` calls the reference
+    if scale is not None and scale <= 0:
+        return f"attention in Triton has a scale above 0, not {scale}"  # max(s) * c is the maximum
     if q.shape[-1] not in (64, 128):
         return f"attention in Triton has head_dim 64 or 128, not {q.shape[-1]}"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):

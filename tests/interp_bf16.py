@@ -9,6 +9,7 @@ Here every such operation goes through fp32 and comes back rounded as a GPU roun
 import re
 
 import numpy as np
+import torch
 
 # The operations with a float result; comparisons give booleans, a dot the type of its accumulator.
 ARITHMETIC = re.compile(
@@ -22,11 +23,9 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """fp32 -> bf16 bits, to nearest, ties to even."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    """fp32 -> bf16 bits, to nearest, ties to even, as PyTorch rounds."""
+    values = torch.from_numpy(np.array(values, dtype=np.float32))
+    return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
 def install() -> None:

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
@@ -29,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels  # noqa: E402
 from configs import UserError, run_command  # noqa: E402
 
-# The limits of one SM (CUDA C++ programming guide). Each program needs 1 KiB of shared memory more.
-SHARED = {90: 228 << 10, 80: 164 << 10}  # architecture -> bytes
-REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
+attention = sys.modules["kernels.attention"]  # the file; kernels.attention is the function
+
+# architecture -> bytes of shared memory, threads and programs of one SM (CUDA programming guide,
+# "Compute Capabilities"). Each program needs 1 KiB of shared memory more.
+SM = {80: (164 << 10, 2048, 32), 86: (100 << 10, 1536, 16), 89: (100 << 10, 1536, 24),
+      90: (228 << 10, 2048, 32), 100: (228 << 10, 2048, 32), 120: (100 << 10, 1536, 24)}
 
 
 def calls() -> Iterator[tuple[str, Callable, tuple]]:
@@ -54,6 +58,10 @@ def calls() -> Iterator[tuple[str, Callable, tuple]]:
     yield "rope R=32 interleaved", kernels.rope, (q, q, crystal, crystal, True)
     head = make(32, 16), make(32000, 16), torch.zeros(32, dtype=torch.int64)
     yield "cross_entropy V=32000", kernels.linear_cross_entropy, head
+    for kernel, sweep in attention.SWEEP.items():
+        for tile in sweep:
+            with patch.dict(attention.tiles(q)[0], {kernel: tile}):
+                yield f"sweep {kernel}", kernels.attention, (make(2, 64, 2, 128),) * 3
 
 
 def launches(arch: int) -> list[tuple]:
@@ -64,12 +72,13 @@ def launches(arch: int) -> list[tuple]:
     def record(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         arguments = dict(zip(kernel.arg_names, args)) | kwargs
-        recorded.append((arch, label, kernel, arguments, options))
+        # Of a call with a swept tile only the kernel that has it is compiled.
+        if "sweep" not in label or label.split()[1] in kernel.__name__:
+            recorded.append((arch, label, kernel, arguments, options))
 
-    attention = sys.modules["kernels.attention"]  # the file; the attribute is the function
     with (patch.object(JITFunction, "run", record),
           patch.object(kernels, "_triton", lambda *_: True),
-          patch.object(attention, "_on_hopper", lambda device: arch == 90)):
+          patch.object(attention, "_architecture", lambda device: arch)):
         for label, operation, inputs in calls():  # noqa: B007 (`record` reads label)
             outputs = operation(*inputs)
             loss = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -83,7 +92,7 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = mangle_type(value)
@@ -97,17 +106,16 @@ def report(job: int) -> dict:
     """Compile one launch; registers and spilled bytes per thread, shared bytes, programs per SM."""
     arch, label, kernel, arguments, options = jobs[job]
     compiled = triton.compile(source(kernel, arguments), GPUTarget("cuda", arch, 32), options)
-    # Triton does not return ptxas's own report, so ptxas runs once more.
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    ptxas = triton.knobs.nvidia.ptxas.path
-    chip = re.search(r"\.target (sm_\w+)", ptx)[1]
-    output = subprocess.run([ptxas, "-v", f"--gpu-name={chip}", "/dev/stdin", "-o", os.devnull],
-                            input=ptx, capture_output=True, text=True, check=True).stderr
+    # Triton does not return ptxas's own report, so ptxas runs once more.
+    chip = "--gpu-name=" + re.search(r"\.target (sm_\w+)", ptx)[1]
+    command = [get_ptxas(arch).path, "-v", chip, "/dev/stdin", "-o", os.devnull]
+    output = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", output)[1])
     warps = options.get("num_warps", 4)
     allotted = 32 * warps * ((registers + 7) // 8 * 8)  # in groups of 8 a thread
-    programs = min(PROGRAMS, THREADS // (32 * warps), REGISTERS // allotted,
-                   SHARED[arch] // (shared + 1024))
+    memory, threads, most = SM[arch]
+    programs = min(most, threads // (32 * warps), 65536 // allotted, memory // (shared + 1024))
     blocks = [str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK") if n in arguments]
     return {
         "arch": f"sm_{arch}", "what": label, "kernel": kernel.__name__.strip("_"),
@@ -116,7 +124,6 @@ def report(job: int) -> dict:
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", output))),
         "shared_bytes": shared, "programs_per_sm": programs,
         "wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "tma": ptx.count("cp.async.bulk.tensor"),
         "warnings": ", ".join(sorted(set(re.findall(r"\(C75\d\d\)[^']*", output)))),
     }
 
@@ -125,9 +132,9 @@ jobs: list[tuple] = []  # arguments of `report`, which a fork inherits: kernels 
 
 
 def main(argv: list[str]) -> None:
-    if not all(map(str.isdecimal, argv)):
-        raise UserError("Give architectures as numbers, such as 80 and 90, or nothing for all.")
-    for arch in [int(word) for word in argv] or SHARED:
+    if not all(word in map(str, SM) for word in argv):
+        raise UserError(f"Give architectures out of {', '.join(map(str, SM))}, or none for all.")
+    for arch in map(int, argv or SM):
         jobs.extend(launches(arch))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         for i, row in enumerate(pool.map(report, range(len(jobs)))):

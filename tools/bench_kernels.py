@@ -31,20 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels  # noqa: E402
 from configs import ModelConfig, load, run_command  # noqa: E402
-from kernels.attention import HOPPER  # noqa: E402
+from kernels.attention import SWEEP, tiles  # noqa: E402
 from kernels.cross_entropy import linear_cross_entropy_reference  # noqa: E402
 from kernels.layernorm import layer_norm_reference  # noqa: E402
 from kernels.rmsnorm import rms_norm_reference  # noqa: E402
 from kernels.rope import rope_reference  # noqa: E402
 from kernels.swiglu import swiglu_reference  # noqa: E402
 from model import rotary_table  # noqa: E402
-
-# Tiles worth a try, (BLOCK_M, BLOCK_N, warps, stages). All compile without spilling.
-SWEEP = {
-    "forward": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
-    "dkdv": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)],
-    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
-}
 
 
 @dataclass
@@ -172,11 +165,12 @@ def time_case(case: Case, ceilings: dict[str, float], network: str) -> Iterator[
 
 def sweep(case: Case) -> Iterator[dict]:
     """Attention once per alternative tile."""
-    for kernel, tiles in SWEEP.items():
-        for tile in tiles:
-            row = {"kernel": kernel, "tile": str(tile), "frozen": tile == HOPPER[kernel]}
+    table, _ = tiles(case.inputs[0])  # this GPU's
+    for kernel, others in SWEEP.items():
+        for tile in others:
+            row = {"kernel": kernel, "tile": str(tile), "frozen": tile == table[kernel]}
             try:
-                with patch.dict(HOPPER, {kernel: tile}):
+                with patch.dict(table, {kernel: tile}):
                     verify(case, 2)  # a tile that computes something else is no candidate
                     row |= time_passes(case, case.rivals["ours"])
             except Exception as error:

@@ -65,7 +65,7 @@ def ask(number: str, c: Config) -> Iterator[Any]:
                    "metrics.jsonl has the loss of every step.")
             yield [read_steps(c.run_dir)[0]["loss"] - math.log(c.vocab_size)]
         case "5":
-            yield ("T = 1000 positions, tiles of 64 queries and 64 keys (HOPPER in"
+            yield ("T = 1000 positions, tiles of 64 queries and 64 keys (A100 in"
                    " kernels/attention.py): how many tiles of one head's scores does the forward"
                    " kernel compute, and how many of them does it mask? Two numbers. (exactly)", 0,
                    "The two loops of _forward_kernel; print(m0, n0) works in the interpreter.")
