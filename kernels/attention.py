@@ -53,7 +53,7 @@ A100 = {"forward": (64, 64, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (64, 64, 8, 2)}
 SMALL = {"forward": (64, 32, 4, 2), "dkdv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)}
 TILES = {80: A100, 90: HOPPER, 100: HOPPER, 103: HOPPER}  # any other architecture: SMALL
 # fp32 as three tf32 products: each operand is held twice, so smaller tiles.
-SINGLE = {"forward": (32, 32, 4, 1), "dkdv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)}
+SINGLE = {"forward": (32, 32, 8, 1), "dkdv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)}
 # Tiles worth a try, for `tools/bench_kernels.py --sweep`. All compile for Hopper; not all fit into
 # the shared memory of every other GPU.
 SWEEP = {

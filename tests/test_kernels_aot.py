@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-# Of the tiles in the sweep one spills 16 bytes; Triton 3.6 does so in three that are in use.
-SPILL_LIMIT = 16 if triton.__version__.startswith("3.6.") else 0
+pytest.importorskip("triton")
 
 
 def test_every_kernel_compiles_well():
@@ -20,7 +18,8 @@ def test_every_kernel_compiles_well():
     assert len(rows) > 50
     for row in (dict(zip(names, cells)) for cells in rows):
         swept = row["what"].startswith("sweep")
-        assert int(row["spill_bytes"]) <= (16 if swept else SPILL_LIMIT), row
+        # One tile in the sweep keeps four registers in memory.
+        assert int(row["spill_bytes"]) <= (16 if swept else 0), row
         assert not row["warnings"] and int(row["programs_per_sm"]) >= 1, row  # it fits into an SM
         if swept or row["what"].startswith("attention"):
             assert int(row["mma" if "float32" in row["what"] else "wgmma"]) > 0, row
