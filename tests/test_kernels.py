@@ -163,8 +163,7 @@ def test_rope(case, dtype):
 
 
 # N, H, V, chunk_rows; the kernel walks over V in steps of 16384
-@pytest.mark.parametrize("case", [(1, 32, 50, None), (11, 48, 16500, 4), (8, 64, 100, 4)],
-                         ids=str)
+@pytest.mark.parametrize("case", [(1, 32, 50, None), (11, 48, 16500, 4), (8, 64, 9, 4)], ids=str)
 @every(torch.float32, torch.bfloat16)
 def test_linear_cross_entropy(case, dtype):
     N, H, V, chunk = case
