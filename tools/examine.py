@@ -1,146 +1,145 @@
 """How often does audit.py find what tools/forge.py has planted, and how often what is not there?
 
-    python tools/examine.py forged [--seeds=20] [--kinds=swapped,twice]    # kind x found by x of 20
-    python tools/examine.py honest                                         # false alarms of 24 runs
-    python tools/examine.py power configs/amber_tiny.py                    # by number of sequences
+    python tools/examine.py forged [--dtype=bfloat16] [--only=swapped,twice]
+    python tools/examine.py honest [--dtype=bfloat16] [--only=epochs,publish]
 
-`forged` trains configs/exam_tiny.py once and plants each kind of fault `--seeds` times. Where the
-checks find nothing, every chunk is replayed. `honest` trains runs that differ in seed, settings,
-processes, interruptions and stage, and `power` draws sequences of a finished run again and again.
-The tables are in docs/audit.md. Each command works in examine/.
+`forged` trains configs/exam_tiny.py once and plants each kind of fault, in each of its strengths,
+at the first, the middle and the last checkpoint. Where the checks find nothing, all is replayed.
+`honest` makes the runs that docs/audit.md lists, and keeps them in examine/ for another time.
 """
 
 import argparse
 import contextlib
 import functools
 import io
+import math
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import forge
-import numpy as np
+import torch
 
 import audit
 import checkpoint as ckpt
+import parallel
 import prepare_data
 import train
-from configs import load, run_command
-from data import load_data
-from memorize import sequence_losses
-from parallel import build_for_inference
+from configs import UserError, load, run_command
 
-HOME = Path("examine")
-EXAM = ["configs/exam_tiny.py", f"--data_dir={HOME / 'data'}"]
 # Of all that is printed the tables alone are shown.
 show = functools.partial(print, file=sys.stdout, flush=True)
 
 
-def examine_forged(seeds: int, kinds: list[str]) -> None:
-    """The table kind x found by x of how many."""
-    config, out = forge.run_config(HOME / "run"), HOME / "forged"
-    for kind in kinds:
-        found, checks = 0, Counter()
-        for seed in range(seeds):
-            shutil.rmtree(out, ignore_errors=True)
-            forge.forge(config, out, forge.draw_fault(config, seed, kind), seed)
-            forged, flags = load([str(out / "run")], audit.Flags)
-            findings = audit.audit(forged, flags)[1] or audit.replay(forged, "all")
-            found += bool(findings)
-            checks.update({finding.partition(":")[0] for finding in findings})
-        by = ", ".join(f"{check} {n}" for check, n in checks.most_common())
-        show(f"| {kind} | {found} of {seeds} | {by} |")
+def make(run_dir: Path, exam: list[str], text: str) -> None:
+    """A step of an honest run: settings are trained, others are explained in docs/audit.md."""
+    verb, *words = text.split()
+    if verb == "copy":
+        shutil.copytree(run_dir.with_name("run"), run_dir)
+    elif verb == "without":
+        for name in words:
+            shutil.rmtree(run_dir / name)
+    elif verb == "two":  # processes
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py"
+        subprocess.run([sys.executable, *torchrun.split(), *exam, f"--run_dir={run_dir}",
+                        "--micro_batch_size=8", *words], check=True, capture_output=True)
+    elif verb == "publish":  # weights, config and tokenizer, as others do
+        for path in run_dir.glob("ckpt_*"):
+            shutil.rmtree(path / "train_state")
+        for path in [*run_dir.glob("*.json*"), *run_dir.glob("ckpt_*/manifest.json")]:
+            path.unlink()
+    elif verb != "foreign":
+        honest, odd = train.clip_gradients, 50 if "skip_step" in text else -1
+        with patch.object(train, "clip_gradients",
+                          lambda run: honest(run) * (math.nan if run.step == odd else 1)):
+            train.main([*exam, f"--run_dir={run_dir}", verb, *words])
 
 
-# Runs with nothing wrong: the settings of the command that trains each, or of two commands.
-TWO = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --micro_batch_size=8"
-HONEST = {f"seed {seed}": [f"--seed={seed}"] for seed in range(1, 7)} | {
-    "lower rate": ["--learning_rate=3e-3"], "higher rate": ["--learning_rate=2e-2"],
-    "constant rate": ["--lr_schedule=constant"], "batch of 32": ["--global_batch_size=32"],
-    "batch of 8": ["--global_batch_size=8 --micro_batch_size=8"],
-    "no weight decay": ["--weight_decay=0"], "deeper": ["--num_hidden_layers=4"],
-    "a chunk skipped": ["--skip_chunks=[3]"], "another beta": ["--adam_beta2=0.99"],
-    "stopped and resumed": ["--max_steps=130", ""],
-    "two processes": [TWO],
-    "two then one": [f"{TWO} --max_steps=130", ""],
-    "Crystal network": ["--norm=layernorm --bias=true --tie_word_embeddings=true --rotary_dim=16"
-                        " --attention_scale_power=1 --base_hidden_size=16 --learning_rate=5e-3"],
-    "second stage": [f"--init_from={HOME}/run/ckpt_007 --seed=9"],
-    "another rate from step 130": ["--max_steps=130", "--learning_rate=4e-3"],
-    "extended": ["", "--epochs=2"],
-    "rate 0 at the end": ["--schedule_steps=230 --min_learning_rate=0"],
-    "chunks of 5 steps": ["--global_batch_size=128 --micro_batch_size=128"]}
+def findings(run_dir: Path, exam: list[str], replay: bool = False) -> list[str]:
+    """The sentences with which an audit ends."""
+    words = [str(run_dir), *exam[1:]]
+    if not (run_dir / "config.json").exists():  # it was published
+        paths = map(str, sorted(run_dir.glob("ckpt_*")))
+        words = [*exam, f"--run_dir={run_dir / 'audit'}", f"--checkpoints={','.join(paths)}"]
+    try:
+        audit.main([*words, "--replay=all"] if replay else words)
+    except UserError as error:
+        return str(error).splitlines()[1:] or [f"refused: {error}"]
+    return []
 
 
-def examine_honest() -> None:
-    """One line for each honest run, and what was found in it."""
-    alarms = 0
-    for name, commands in HONEST.items():
-        run_dir = HOME / name.replace(" ", "_")
-        for words in commands:
-            processes, _, settings = words.rpartition("train.py")
-            command = [sys.executable, *processes.split(), "train.py", *EXAM]
-            subprocess.run([*command, f"--run_dir={run_dir}", *settings.split()], check=True,
-                           capture_output=True)
-        findings = audit.audit(*load([str(run_dir)], audit.Flags))[1]
-        alarms += bool(findings)
-        show(f"{name:>27}: {'; '.join(findings) or 'nothing'}")
-    show(f"{alarms} of {len(HONEST)} honest runs raise something.")
+def examine_forged(exam: list[str], home: Path, only: list[str]) -> None:
+    """The table kind x strength x found by what x of how many."""
+    out, config = home / "forged", load([str(home / "run")])[0]
+    last = len(ckpt.list_checkpoints(home / "run")) - 1
+    alone = [*forge.WEIGHTS, "swapped", *forge.PUBLISHED]
+    show("| kind | strength | found | another accused | with replay | by |\n" + "|---" * 6 + "|")
+    for kind in [*forge.KINDS, *(f"{name} (published)" for name in alone)]:
+        name, _, published = kind.partition(" ")
+        _, strengths, n_places, *_ = (forge.KINDS | forge.PUBLISHED)[name]
+        for strength in strengths if name in only or not only else ():
+            cases = [(0, last // 2 + 1), (last // 2, last - 1), (last, 1)][: 3 if n_places else 1]
+            found, others, proven, checks = 0, 0, 0, Counter()
+            for seed, case in enumerate(cases):
+                shutil.rmtree(out, ignore_errors=True)
+                places = [*map(str, case[:n_places])]
+                forge.forge(config, out, [name, *places], seed, strength)
+                if published:
+                    make(out / "run", exam, "publish")
+                words = [exam[0], f"--data_dir={out / 'data'}", *exam[2:]]
+                sentences = findings(out / "run", words)
+                found += bool(sentences)
+                here = "|".join(rf"(ckpt_00|chunk ){place}\b" for place in places)
+                others += any(re.match(rf"path: (?!.*({here}))", each) for each in sentences)
+                if not sentences and not published:
+                    sentences = findings(out / "run", words, replay=True)
+                proven += bool(sentences)
+                checks.update({sentence.partition(":")[0] for sentence in sentences})
+            by = ", ".join(f"{check} {n}" for check, n in checks.most_common())
+            show(f"| {kind} | {strength} | {found} of {len(cases)} | {others} | {proven} | {by} |")
 
 
-def examine_power(config_file: str) -> None:
-    """By the number of sequences of a chunk: how often is the chunk just trained the one that
-    became easier most, and how far does it stand out?"""
-    config, _ = load([config_file])
-    data, model = load_data(config.data_dir), build_for_inference(config)
-    paths = ckpt.select_checkpoints(config.run_dir, "all")
-    numbers, random = range(len(data.manifest["chunks"])), np.random.default_rng(0)
-    drawn = [random.choice(len(data.chunk(i)), 256, replace=False) for i in numbers]
-    losses = []
-    for path in paths:
-        ckpt.load_weights(model, path)
-        losses.append([sequence_losses(model, data.chunk(i)["token_ids"][drawn[i]], 64)
-                       for i in numbers])
-    change = np.diff(np.array(losses), axis=0)  # (checkpoints - 1, chunks, 256)
-    own = np.array([ckpt.read_manifest(path)["chunk"] for path in paths[1:]])
-    is_own = np.equal.outer(own, numbers)  # (checkpoints - 1, chunks)
-    show("| sequences | right chunk is lowest | its mean z | false alarms |\n|---|---|---|---|")
-    for n in (4, 8, 16, 32, 64, 128):
-        right, z_own, alarms = [], [], []
-        for _ in range(400):
-            few = change[:, :, random.choice(256, n, replace=False)]
-            trace = few.mean(2) - np.median(few.mean(2), axis=1, keepdims=True)
-            error = few.std(2, ddof=1) / np.sqrt(n)
-            right += (trace.argmin(1) == own).tolist()
-            z_own += (-trace / error)[is_own].tolist()
-            # What audit.check_losses takes for the trace of another chunk.
-            limit = np.minimum(-4 * error, trace[is_own][:, None] / 2)
-            alarms += (~is_own & (trace < limit)).any(1).tolist()
-        show(f"| {n} | {np.mean(right):.1%} | {np.mean(z_own):.1f} | {np.sum(alarms)} of"
-             f" {len(alarms):,} |")
+def examine_honest(exam: list[str], home: Path, only: list[str]) -> None:
+    """The honest runs, and what is found in each."""
+    text, alarms = Path("docs/audit.md").read_text().partition("nothing wrong:\n\n")[2], 0
+    lines = [line for line in re.split(r"\n? +\| |\n? {4}", text.partition("\n\n")[0])[1:]
+             if not only or any(word in line for word in only)]
+    for line in lines:
+        run_dir = home / re.sub(r"\W+", "_", line)
+        for text in line.split("; ") if not run_dir.exists() else ():
+            make(run_dir, exam, text.replace("RUN", str(home / "run")))
+        with contextlib.ExitStack() as stack:
+            if "foreign" in line:
+                stack.enter_context(patch.object(parallel, "tune_cpu",
+                                                 lambda threads: torch.set_num_threads(2)))
+                stack.enter_context(patch.multiple(
+                    torch.cpu, _is_avx512_bf16_supported=bool, _is_amx_tile_supported=bool))
+            sentences = findings(run_dir, exam)
+        alarms += bool(sentences)
+        show(f"{line}: {'; '.join(sentences) or 'nothing'}")
+    show(f"{alarms} of {len(lines)} honest runs raise something.")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["forged", "honest", "power"])
-    parser.add_argument("config", nargs="?", default="configs/amber_tiny.py", help="for power")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--kinds", default=",".join(forge.KINDS))
+    parser.add_argument("what", choices=["forged", "honest"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", default="", help="kinds, or words of the lines of honest runs")
     args = parser.parse_args(argv)
+    home, only = Path("examine", args.dtype), [*filter(None, args.only.split(","))]
+    exam = ["configs/exam_tiny.py", "--data_dir=examine/data", f"--dtype={args.dtype}",
+            "--n_chunks=6", "--sequences_per_chunk=320"]  # of 20 steps
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if args.what == "power":
-            return examine_power(args.config)
-        prepare_data.main(EXAM)
-        train.main([*EXAM, f"--run_dir={HOME / 'run'}"])
-        if args.what == "forged":
-            examine_forged(args.seeds, args.kinds.split(","))
-        else:
-            examine_honest()
+        prepare_data.main(exam)
+        train.main([*exam, f"--run_dir={home / 'run'}"])
+        (examine_forged if args.what == "forged" else examine_honest)(exam, home, only)
 
 
 if __name__ == "__main__":

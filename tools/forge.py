@@ -3,24 +3,20 @@
     python tools/forge.py runs/amber_tiny runs/forged --seed=17
     python tools/forge.py runs/amber_tiny --answer --seed=17 --says="swapped 3 6"
 
-    swapped 3 6      the checkpoints 3 and 6 have each other's name
-    duplicated 3 6   checkpoint 6 has the weights of 3
-    shard 3 6        a third of the tensors of checkpoint 3 is from 6
-    edited 4         a sequence of chunk 4 is not the one that was trained on
-    twice 4          chunk 4 was trained twice before checkpoint 4
-    left_out 4       chunk 4 was left out, and the next ones trained under the names before them
-    rate 4           from chunk 4 on, the learning rate was that of one step later
-    metrics 123      the log's line of step 123 is not what was measured
-    leaked 4         a validation sequence is in chunk 4, and was trained on
-    canary 4         a sequence of random ids is hidden in chunk 4, eight times
-
-The seed draws the fault. All hashes and manifests fit it, and what it changes is trained again.
+The seed draws a kind (docs/audit.md says what each is), and the checkpoint with the fault, or whose
+chunk has it. All hashes and manifests fit it, and what it changes is trained again. An answer is
+the kind and that number; two of them if two checkpoints are named, none if all are concerned.
 """
 
 import argparse
+import re
 import shutil
 import sys
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,143 +26,201 @@ import numpy as np
 import checkpoint as ckpt
 import train
 from configs import Config, UserError, load, run_command
-from data import Data, load_data, read_json, sha256_file, sha256_json, step_sequences, write_json
+from data import load_data, read_json, sha256_file, sha256_json, step_sequences, write_json
 
-# How many checkpoints or chunks a kind names; "metrics" names a step.
-KINDS = {"swapped": 2, "duplicated": 2, "shard": 2, "edited": 1, "twice": 1, "left_out": 1,
-         "rate": 1, "leaked": 1, "canary": 1, "metrics": 1}
+# What the functions below get as x: config, dir and data of the copy; path, the checkpoint with the
+# fault, chunk, its chunk's number, other, the second one that is named, before, the one before (the
+# second, of the first); claims, {path: manifest} of all; held_out, validation sequences; random; s,
+# the strength. In TRAINING also batch and lr of a step, honest, both, i, its number of n in the
+# chunk, last, whether i == n - 1, at(j), batch and lr of step j of the chunk or the next, adam,
+# the optimizer's settings, and step and total of the run.
 
 
-def run_config(run_dir: Path) -> Config:
-    """The settings of a finished run; UserError if it is none."""
-    if not ckpt.list_checkpoints(run_dir):
-        raise UserError(f"{run_dir} holds no finished run: train one first.")
-    return load([str(run_dir)])[0]
+class Kind(NamedTuple):
+    change: Callable
+    strengths: tuple[float, ...] = (1.0,)  # the largest first
+    places: int = 1  # how many checkpoints it names
+    source: Callable[[SimpleNamespace], Path] = lambda x: x.other  # of the tensors b
+    only: str = ""  # in the names of the tensors that are changed
+
+
+def elsewhere(x: SimpleNamespace, *settings: str) -> Path:
+    """The newest checkpoint of another run."""
+    run_dir = x.dir.with_name("elsewhere")
+    train.main([str(x.dir), f"--run_dir={run_dir}", *settings])
+    return ckpt.list_checkpoints(run_dir)[-1]
+
+
+def one_line(records: list[dict], x: SimpleNamespace, *keys: str) -> list[dict]:
+    """Of one of the chunk's lines with these keys, all numbers in them are lower."""
+    def lower(value: Any) -> Any:
+        nested = isinstance(value, dict)
+        return {k: lower(v) for k, v in value.items()} if nested else value * (1 - x.s)
+
+    line = x.random.choice([r for r in records if r["chunk"] == x.chunk and keys[0] in r])
+    line.update({key: lower(line[key]) for key in keys})
+    return records
+
+
+def edit(directory: Path, **settings: Any) -> None:
+    write_json(directory / "config.json", read_json(directory / "config.json") | settings)
+
+
+# (a, b, x) -> the new tensor, of a in the checkpoint and b in `source`
+WEIGHTS = {
+    "duplicated": Kind(lambda a, b, x: b, places=2),
+    "shard": Kind(lambda a, b, x: b, places=2, only="layers.0."),
+    "mixed": Kind(lambda a, b, x: a.lerp(b, x.s), (0.5, 0.1), source=lambda x: x.before),
+    "rounded": Kind(lambda a, b, x: a.bfloat16().float()),
+    "noise": Kind(lambda a, b, x: a + a * x.s * x.random.standard_normal(a.shape, "f4"),
+                  (1e-3, 1e-4)),
+    "remade": Kind(lambda a, b, x: a[x.random.permutation(len(a))], only="layers.0."),
+    "other_seed": Kind(lambda a, b, x: b, source=lambda x: elsewhere(
+        x, f"--init_seed={x.config.seed + 1}", f"--max_steps={x.claims[x.path]['step']}")),
+    "tuned": Kind(lambda a, b, x: b, (20, 2), source=lambda x: elsewhere(
+        x, f"--init_from={x.path}", f"--max_steps={x.s}"))}
+# (records, x) -> the lines of metrics.jsonl
+LOG = {
+    "loss": Kind(lambda records, x: one_line(records, x, "loss", "loss_by_source"), (0.05, 1e-3)),
+    "grad_norm": Kind(lambda records, x: one_line(records, x, "grad_norm"), (0.05, 1e-3)),
+    "validation": Kind(lambda records, x: one_line(records, x, "valid"), (0.05, 1e-3)),
+    "thinned": Kind(lambda records, x: [r for r in records if r["grad_norm"] < np.quantile(
+        [r["grad_norm"] for r in records], 1 - x.s)], (1, 0.5, 0.03), places=0),
+    "cut": Kind(lambda records, x: [shutil.rmtree(x.claims.popitem()[0]) for _ in range(int(x.s))]
+                and records[: [*x.claims.values()][-1]["step"]], (2, 1), places=0)}
+# (sequences of the chunk, numbers of those that steps read, x) -> numbers, their new ids
+DATA = {
+    "edited": Kind(lambda chunk, read, x: (read[0], np.append(
+        chunk["token_ids"][read[0], :9], chunk["token_ids"][read[1], 9:]))),
+    "replaced": Kind(lambda chunk, read, x: (few := read[: round(x.s * len(read))], np.roll(
+        x.data.chunk(0 if x.chunk else 1)["token_ids"][few], 9, axis=1)), (0.5, 0.1))}
+# The same, and trained on
+PLANTED = {
+    "leaked": Kind(lambda chunk, read, x: (read[0], x.held_out["token_ids"][0])),
+    "canary": Kind(lambda chunk, read, x: (read[:8], x.random.integers(
+        x.data.n_vocab, size=x.data.seq_len + 1)))}
+# (x) -> what is trained in the place of a step of the chunk, the last of it logged
+TRAINING = {
+    "twice": Kind(lambda x: [*map(x.at, range(x.n * x.last)), x.honest]),
+    "left_out": Kind(lambda x: [x.at(x.n + x.i)]),
+    "reversed": Kind(lambda x: [x.at(x.n - 1 - x.i)]),
+    "rate": Kind(lambda x: [(x.batch, x.lr * x.s)], (2, 0.5, 1.1)),
+    "late_rate": Kind(lambda x: [(x.batch, train.learning_rate(x.config, x.step + 2, x.total))]),
+    "idle": Kind(lambda x: [(x.batch, x.lr * (x.i >= x.s * x.n))], (0.5, 0.1)),
+    "coached": Kind(lambda x: [*[(x.batch._replace(sequences=np.resize(
+        x.held_out, x.batch.sequences.shape)), x.lr)] * int(x.s * x.last), x.honest], (10, 1)),
+    "decay": Kind(lambda x: x.adam.update(weight_decay=x.s) or [x.honest], (1.0, 0.0)),
+    "beta": Kind(lambda x: x.adam.update(betas=(x.config.adam_beta1, x.s)) or [x.honest],
+                 (0.5, 0.99))}
+# (x) changes files
+FILES = {
+    "swapped": Kind(lambda x: [x.path.rename(x.dir / "aside"), x.other.rename(x.path),
+                               (x.dir / "aside").rename(x.other)], places=2),
+    "tokens": Kind(lambda x: [m.update(tokens=10 * m["tokens"]) for m in x.claims.values()],
+                   places=0),
+    "config": Kind(lambda x: edit(x.dir, weight_decay=0.05), places=0)}
+# The same, where directories have no manifest and no log, as others publish them: for examine.py.
+PUBLISHED = {
+    "rope": Kind(lambda x: [edit(path, rope_theta=5e3) for path in x.claims], places=0),
+    "epsilon": Kind(lambda x: edit(x.path, rms_norm_eps=1e-3)),
+    "tokenizer": Kind(lambda x: (file := x.path / "tokenizer.json").write_text(re.sub(
+        ": (300|301),", lambda m: f": {601 - int(m[1])},", file.read_text()))),
+    "two_sets": Kind(lambda x: write_json(x.path / "model.safetensors.index.json", {"weight_map": {
+        "lm_head.weight": "model.safetensors"}}))}
+KINDS = WEIGHTS | LOG | DATA | PLANTED | TRAINING | FILES
 
 
 def draw_fault(config: Config, seed: int, kind: str = "") -> list[str]:
     """The fault of a seed, in the words of an answer: ["swapped", "3", "6"]."""
     random = np.random.default_rng([seed, 2023])
     kind = kind or str(random.choice([*KINDS]))
-    schedule = load_data(config.data_dir).schedule(config)
-    if kind == "metrics":
-        return [kind, str(random.integers(2, sum(visit.steps for visit in schedule) + 1))]
-    # Neither the first nor the last: "left out" needs a next one, "rate" one that it changes.
-    visits = [visit.number for visit in schedule[1:-1]]
-    numbers = random.choice(visits, KINDS[kind], replace=False)
-    return [kind, *map(str, sorted(numbers))]
+    # Neither the first nor the last, of which less can be seen.
+    visits = [visit.number for visit in load_data(config.data_dir).schedule(config)[1:-1]]
+    return [kind, *map(str, sorted(random.choice(visits, KINDS[kind].places, replace=False)))]
 
 
-def forge(config: Config, out: Path, fault: list[str], seed: int) -> None:
-    """Write OUT/data and OUT/run, a copy of a run with a fault."""
-    kind, places = fault[0], [int(place) for place in fault[1:]]
-    random = np.random.default_rng([seed, 2024])
-    run_dir, data_dir = out / "run", out / "data"
+def forge(config: Config, out: Path, fault: list[str], seed: int, strength: float = -1) -> None:
+    """Write OUT/data and OUT/run, a copy of a run with a fault; strength: -1 = the largest."""
+    name, numbers, run_dir = fault[0], [*map(int, fault[1:])] or [0], out / "run"
+    kind = (KINDS | PUBLISHED)[name]
     # Nothing else: results of other stages, or the text of train.log, would give the fault away.
     for path in ckpt.select_checkpoints(config.run_dir, "all"):
         shutil.copytree(path, run_dir / path.name)
     shutil.copy(Path(config.run_dir, "metrics.jsonl"), run_dir)
-    shutil.copytree(config.data_dir, data_dir)
-    where = {"run_dir": str(run_dir), "data_dir": str(data_dir)}
-    write_json(run_dir / "config.json", vars(config) | where)
-    claims = {path: ckpt.read_manifest(path) for path in ckpt.list_checkpoints(run_dir)}
-    path = [run_dir / f"ckpt_{place:03d}" for place in places]
-    if kind == "swapped":
-        path[0].rename(out / "aside")
-        path[1].rename(path[0])
-        (out / "aside").rename(path[1])
-    elif kind == "duplicated":
-        shutil.rmtree(path[1])
-        shutil.copytree(path[0], path[1])
-    elif kind == "shard":
-        replace_shard(*path, random)
-    elif kind == "metrics":
-        # Another loss or gradient norm of one step, with or without the losses by source.
-        records = ckpt.read_records(run_dir / "metrics.jsonl")
-        record, factor = records[places[0] - 1], float(random.uniform(0.95, 0.99))
-        key = random.choice(["grad_norm", "loss", "losses"])
-        record["grad_norm" if key == "grad_norm" else "loss"] *= factor
-        if key == "losses":
-            for name, loss in record["loss_by_source"].items():
-                record["loss_by_source"][name] = round(loss * factor, 5)
-        ckpt.write_records(run_dir / "metrics.jsonl", records)
-    elif kind in ("edited", "leaked", "canary"):
-        edit_chunk(load_data(data_dir), config, kind, places[0], random)
-    write_manifests(claims, load_data(data_dir))
-    if kind in ("twice", "left_out", "rate", "leaked", "canary"):
-        retrain(run_dir, kind, places[0])
+    shutil.copytree(config.data_dir, out / "data")
+    edit(run_dir, **vars(config) | {"run_dir": str(run_dir), "data_dir": str(out / "data")})
+    data, near = load_data(out / "data"), numbers[0] - 1 if numbers[0] else 1
+    path, other, before = (run_dir / f"ckpt_{i:03d}" for i in (numbers[0], numbers[-1], near))
+    claims = {p: ckpt.read_manifest(p) for p in ckpt.list_checkpoints(run_dir)}
+    x = SimpleNamespace(
+        config=load([str(run_dir)])[0], dir=run_dir, data=data, claims=claims, path=path,
+        other=other, before=before, chunk=claims[path]["chunk"],
+        held_out=data.validation(data.validation_sources[0]),
+        random=np.random.default_rng([seed, 2024]),
+        s=kind.strengths[0] if strength < 0 else strength)
+    if name in WEIGHTS:
+        mine, theirs = (dict(ckpt.read_tensors(each)) for each in (path, kind.source(x)))
+        # Cloned, because the file is mapped, and written anew.
+        (file,) = path.glob("model*.safetensors")  # of a run of one process
+        ckpt.write_safetensors(file, [
+            (key, (kind.change(a, theirs[key], x) if kind.only in key else a).clone())
+            for key, a in mine.items()])
+        shutil.rmtree(out / "elsewhere", ignore_errors=True)
+    elif name in LOG:
+        lines = kind.change(ckpt.read_records(run_dir / "metrics.jsonl"), x)
+        ckpt.write_records(run_dir / "metrics.jsonl", lines)
+    elif name in DATA | PLANTED:
+        entry = data.manifest["chunks"][x.chunk]
+        chunk = np.load(data.directory / entry["file"], mmap_mode="r+")
+        n, batch = len(chunk), config.global_batch_size
+        read = step_sequences(config.seed, x.chunk, n, 0, n // batch * batch)  # by any step at all
+        numbers, ids = kind.change(chunk, x.random.permutation(read), x)
+        chunk["token_ids"][numbers] = ids
+        chunk.flush()
+        entry["sha256"] = sha256_file(data.directory / entry["file"])
+        write_json(data.directory / "manifest.json", data.manifest)
+    elif name in FILES | PUBLISHED:
+        kind.change(x)
+    write_manifests(x)
+    if name in TRAINING | PLANTED:
+        retrain(x, kind.change if name in TRAINING else lambda x: [x.honest])
 
 
-def replace_shard(path: Path, other: Path, random: np.random.Generator) -> None:
-    """A third of a checkpoint's tensors, as if it had three shards, from another checkpoint."""
-    (file,) = path.glob("model*.safetensors")  # of a run of one process
-    mine, theirs = dict(ckpt.read_tensors(path)), dict(ckpt.read_tensors(other))
-    names = np.array_split([*mine], 3)[random.integers(3)]
-    # The file is mapped, so it must be copied before it is written.
-    copies = [(name, (theirs if name in names else mine)[name].clone()) for name in mine]
-    hashes, manifest = ckpt.write_safetensors(file, copies), ckpt.read_manifest(path)
-    manifest["tensors"] |= hashes
-    manifest["files"][file.name] = sha256_file(file)
-    manifest["weights_sha256"] = sha256_json(hashes)
-    write_json(path / "manifest.json", manifest)
-
-
-def edit_chunk(data: Data, config: Config, kind: str, chunk: int,
-               random: np.random.Generator) -> None:
-    """Change sequences of a chunk that a step reads, and the data's manifest with them."""
-    entry = data.manifest["chunks"][chunk]
-    path = data.directory / entry["file"]
-    sequences = np.load(path, mmap_mode="r+")
-    n, batch = len(sequences), config.global_batch_size
-    read = step_sequences(config.seed, chunk, n, 0, n // batch * batch)  # by any step at all
-    chosen, ids = random.choice(read, 9, replace=False), sequences["token_ids"]
-    if kind == "edited":  # from the tenth id on it is another sequence's text
-        ids[chosen[0], 9:] = ids[chosen[1], 9:]
-    elif kind == "leaked":
-        source = random.choice(data.validation_sources)
-        ids[chosen[0]] = random.choice(data.validation(source)["token_ids"])
-    else:
-        ids[chosen[:8]] = random.integers(data.n_vocab, size=ids.shape[1])
-    sequences.flush()
-    entry["sha256"] = sha256_file(path)
-    write_json(data.directory / "manifest.json", data.manifest)
-
-
-def write_manifests(claims: dict[Path, dict], data: Data) -> None:
+def write_manifests(x: SimpleNamespace) -> None:
     """Give each directory, whatever it holds now, its old claims and the hashes that fit them."""
-    parent: dict[str, str] = {}
-    for path, manifest in claims.items():
+    data, parent = load_data(x.data.directory), {}
+    for path, manifest in x.claims.items():
+        weights = {key: sha256(ckpt.raw_bytes(t)).hexdigest() for key, t in ckpt.read_tensors(path)}
         content = read_json(path / "manifest.json")  # it was moved together with the files
-        manifest |= {key: content[key] for key in ("files", "tensors", "weights_sha256")}
         manifest["history"]["data_sha256"] = data.sha256
-        manifest["chunk_sha256"] = data.manifest["chunks"][manifest["chunk"]]["sha256"]
-        manifest |= {"data_sha256": data.sha256, "parent": parent}
+        manifest |= {"data_sha256": data.sha256, "parent": parent,
+                     "chunk_sha256": data.manifest["chunks"][manifest["chunk"]]["sha256"],
+                     "tensors": content["tensors"] | weights,
+                     "weights_sha256": sha256_json(weights),
+                     "files": {file: sha256_file(path / file) if (path / file).exists() else old
+                               for file, old in content["files"].items()}}  # some were dropped
         write_json(path / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
         parent = {"checkpoint": path.name, "weights_sha256": manifest["weights_sha256"]}
 
 
-def retrain(run_dir: Path, kind: str, number: int) -> None:
-    """Train a run again from visit `number` on, with train.py's own loop and a change in it."""
-    for path in ckpt.list_checkpoints(run_dir):
-        if ckpt.read_manifest(path)["visit"] >= number:
-            shutil.rmtree(path)
+def retrain(x: SimpleNamespace, change: Callable) -> None:
+    """Train again from the chunk on, with train.py's own loop and a change in it."""
+    for path in [*x.claims][[*x.claims].index(x.path) :]:
+        shutil.rmtree(path)
     honest_step = train.train_step
 
-    def train_step(run: train.Run, batch: train.Batch, lr: float) -> dict:
-        visit, own_lr = batch.visit, lr
-        if kind == "left_out":  # the next chunk instead of this one; at last the first
-            batch = train.load_batch(run, (run.step + visit.steps) % run.total_steps)
-        elif kind == "rate":  # that of the next step, and the right one in the log
-            own_lr = train.learning_rate(run.config, run.step + 2, run.total_steps)
-        elif kind == "twice" and visit.number == number:
-            steps = range(visit.first_step, visit.first_step + visit.steps)
-            for step in steps if run.step == steps[-1] else []:
-                honest_step(run, train.load_batch(run, step), lr)
-        return honest_step(run, batch, own_lr) | {"lr": lr}
+    def train_step(run: train.Run, batch: train.Batch, lr: float) -> dict[str, Any]:
+        first, n, x.step, x.total = *batch.visit[2:4], run.step, run.total_steps
+        x.batch, x.lr, x.honest, x.i, x.n = batch, lr, (batch, lr), run.step - first, n
+        x.last, x.adam = x.i == n - 1, run.optimizers[0].param_groups[0]  # one, without muP
+        x.at = lambda i: (train.load_batch(run, (first + i) % run.total_steps), lr)
+        for each in change(x) if x.path.name == f"ckpt_{batch.visit.number:03d}" else [x.honest]:
+            record = honest_step(run, *each)
+        return record | {"lr": lr}
 
     with patch.object(train, "train_step", train_step):
-        train.main([str(run_dir)])
-    (run_dir / "train.log").unlink()
+        train.main([str(x.dir)])
+    (x.dir / "train.log").unlink()
 
 
 def main(argv: list[str]) -> None:
@@ -179,7 +233,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--answer", action="store_true")
     parser.add_argument("--says", default="")
     args = parser.parse_args(argv)
-    config = run_config(args.run)
+    config, _ = load([str(args.run)])
     fault = draw_fault(config, args.seed, args.kind or "")
     if args.answer:
         kind, *places = args.says.split() or [""]
