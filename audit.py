@@ -435,8 +435,10 @@ def replay_chunk(config: Config, after: Path) -> str:
                         f" {config.data_dir} holds now, or its step is not the end of a chunk.")
     before, origin = None, config.init_from or "the initial weights"
     if visit.first_step:
+        there = [path for path in ckpt.list_checkpoints(config.run_dir)
+                 if ckpt.read_manifest(path)["step"] == visit.first_step]
         missing = Path(config.run_dir, f"step_{visit.first_step:07d}")
-        before = origin = ckpt.checkpoint_at(config.run_dir, visit.first_step) or missing
+        before = origin = [*there, missing][0]
         if problem := on_rank_zero(lambda: ckpt.verify_checkpoint(before, train_state=True)):
             raise UserError(f"{after} cannot be replayed from {before}: {problem}."
                             " (keep_train_state = 0 keeps what is needed for it.)")

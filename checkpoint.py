@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import re
-import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import configs
 import parallel
 from configs import Config, ModelConfig, UserError, open_ours, read_regular, regular, with_recorded
-from data import read_json, remove, sha256_file, sha256_json, to_json, write_json, writing
+from data import damaged, read_json, remove, sha256_file, sha256_json, to_json, write_json, writing
 from model import LLaMA, copy_into_shard
 from parallel import on_rank_zero, rank, world_size
 from tokenizer import PROBE, Tokenizer, open_tokenizer
@@ -268,16 +269,16 @@ def verify_checkpoint(path: Path, train_state: bool = False) -> str:
     manifest = read_manifest(path)
     if not manifest:
         return f"manifest.json is missing or damaged, or its format is not {FORMAT}"
-    for name, expected in manifest["files"].items():
-        if name.startswith("train_state/") and not train_state:
-            continue  # two thirds of the bytes, which evaluation does not need
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256_file(path / name) != expected:
-            return f"{name} is damaged (its sha256 is not the one in manifest.json)"
+    # The state is two thirds of the bytes, and evaluation does not need it.
+    files = {name: expected for name, expected in manifest["files"].items()
+             if train_state or not name.startswith("train_state/")}
+    if problems := damaged(path, files):
+        return problems[0]
     # Results are kept under weights_sha256, so it must belong to these very weights.
-    hashes = {name: sha256(raw_bytes(values)).hexdigest() for name, values in read_tensors(path)}
-    if sha256_json(hashes) != manifest["weights_sha256"]:
+    weights = dict(read_tensors(path))
+    with ThreadPoolExecutor(8) as pool:
+        hashes = pool.map(lambda values: sha256(raw_bytes(values)).hexdigest(), weights.values())
+    if sha256_json(dict(zip(weights, hashes))) != manifest["weights_sha256"]:
         return "its weights do not have the weights_sha256 of manifest.json"
     return ""
 
@@ -298,8 +299,6 @@ def load_weights(model: LLaMA, path: str | Path, verified: bool = False) -> dict
             problems.append(f"{f.name} is {there!r} there, {here!r} here")
     weights = named_parameters(model)
     tensors = dict(read_tensors(path))  # mapped, so the model is never in memory twice
-    if wrapped := [name for name in tensors if re.search(r"(^|\.)(_orig_mod|\w*module)\.", name)]:
-        raise UserError(f"{path}: {wrapped[0]} is a name that torch.compile or DDP has left.")
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
         head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
@@ -348,16 +347,12 @@ def optimizer_tensors(model: LLaMA, optimizers: list[Optimizer],
     parameters, state, tensors = named_parameters(model), {}, {}
     for optimizer in optimizers:
         state |= optimizer.state  # {parameter: {entry: tensor}}
-    # Entry by entry, and not parameter by parameter: tensor i is saved by process i mod N, and if
-    # AdamW's step, exp_avg and exp_avg_sq alternated, one process of three would save only steps.
     for entry in dict.fromkeys(entry for entries in state.values() for entry in entries):
         named = {f"{name}.{entry}": state[parameter][entry]
                  for name, parameter in parameters.items() if entry in state.get(parameter, {})}
-        counters = [tensor for tensor in named.values() if tensor.dim() == 0]
-        same = len(counters) == len(named) and all(c == counters[0] for c in counters)
-        if same and not every_counter:
-            named = dict([*named.items()][:1])
-        tensors |= named
+        counted = {id(t) if t.dim() else t.item() for t in named.values()}
+        first_only = len(counted) == 1 and not every_counter
+        tensors |= dict([*named.items()][:1]) if first_only else named
     return tensors
 
 
@@ -406,29 +401,46 @@ def begin_save(path: Path, model: LLaMA, optimizers: list[Optimizer], tokenizer:
     tmp = path.with_name(f"{path.name}.tmp")
     on_rank_zero(lambda: (tmp / "train_state").mkdir(parents=True))
     # No state of a random generator is saved, because nothing in training draws from one.
-    weights = copy_to_host(named_parameters(model))
-    state = copy_to_host(optimizer_tensors(model, optimizers))
-    share = pool.submit(write_share, tmp, model, tokenizer, weights, state)
+    weights = named_parameters(model)
+    mine = copy_to_host(weights | optimizer_tensors(model, optimizers))
+    kinds = [[one for one in mine if (one[0] in weights) == kind] for kind in (True, False)]
+    share = pool.submit(write_share, tmp, model, tokenizer, *kinds)
     return Saving(path, tmp, model, metadata, share)
 
 
 def copy_to_host(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Whole float32 copies on the host of this process's share: tensor i goes to process i mod N.
-    Sharded tensors are gathered one at a time: no device ever holds more than one whole."""
-    mine = []
-    for i, (name, tensor) in enumerate(tensors.items()):
-        # Every process takes part in gathering every tensor, even one that it does not keep.
-        tensor = tensor.detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # all_gather
-        if i % world_size() == rank():
-            mine.append((name, whole.to("cpu", torch.float32, copy=True).contiguous()))
-    return mine
+    """Whole float32 copies on the host of this process's share of the tensors. Sharded ones are
+    gathered one at a time: no device ever holds more than three whole."""
+    loads, mine = [0] * world_size(), []
+    side = torch.cuda.Stream() if any(tensor.is_cuda for tensor in tensors.values()) else None
+
+    def copy(whole: Tensor) -> Tensor:
+        with torch.cuda.stream(side):  # which also makes its device that of the thread
+            # Pinned memory is several times as fast, and PyTorch keeps it for the next checkpoint.
+            host = torch.empty(whole.shape, dtype=torch.float32, pin_memory=side is not None)
+            return host.copy_(whole)
+
+    # In a thread and a stream of their own, so that no process waits for the copies of another.
+    with ThreadPoolExecutor(1) as copier:
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+            # Every process takes part in gathering every tensor, even one that it does not keep.
+            tensor = tensor.detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # all_gather
+            owner = loads.index(min(loads))  # the largest that is left to the one with the least
+            loads[owner] += tensor.numel()
+            if owner == rank():
+                if len(mine) > 1:
+                    mine[-2][1].result()
+                if side:
+                    side.wait_stream(torch.cuda.current_stream())
+                mine.append((name, copier.submit(copy, whole)))
+    return [(name, copied.result()) for name, copied in mine]
 
 
 def write_share(tmp: Path, model: LLaMA, tokenizer: Tokenizer, weights: list[tuple[str, Tensor]],
-                state: list[tuple[str, Tensor]]) -> dict[str, dict[str, str]]:
+                state: list[tuple[str, Tensor]]) -> tuple[dict[str, str], ...]:
     """Write this process's two files and, in process 0, config and tokenizer; returns the sha256 of
-    each tensor and file, and the weight_map of Hugging Face's index."""
+    each tensor, the weight_map of Hugging Face's index, and the sha256 of each file."""
     shard = f"-{rank() + 1:05}-of-{world_size():05}" if world_size() > 1 else ""
     names = [f"model{shard}.safetensors", f"train_state/optimizer{shard}.safetensors"]
     weight_hashes = write_safetensors(tmp / names[0], weights)
@@ -438,8 +450,8 @@ def write_share(tmp: Path, model: LLaMA, tokenizer: Tokenizer, weights: list[tup
         write_json(tmp / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
         tokenizer.save(tmp)
         names += [file.name for file in tmp.glob("*.json")]
-    return {"tensors": tensors, "weight_map": dict.fromkeys(weight_hashes, names[0]),
-            "files": {name: sha256_file(tmp / name) for name in names}}
+    return (tensors, dict.fromkeys(weight_hashes, names[0]),
+            {name: sha256_file(tmp / name) for name in names})
 
 
 def finish_save(saving: Saving) -> str:
@@ -449,19 +461,16 @@ def finish_save(saving: Saving) -> str:
         shares = parallel.on_all_ranks(saving.share.result)
         return on_rank_zero(lambda: publish(saving, shares))
     except OSError as error:
-        if rank() == 0:
-            shutil.rmtree(saving.tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            on_rank_zero(lambda: remove(saving.tmp))
         raise UserError(f"Could not save {saving.path}: {error.strerror or error}. The checkpoints"
                         " before it are untouched; make room and start the same command again.")
 
 
-def publish(saving: Saving, shares: list[dict[str, dict[str, str]]]) -> str:
+def publish(saving: Saving, shares: list[tuple[dict[str, str], ...]]) -> str:
     """Write index and manifest, sync, and rename the directory; returns weights_sha256."""
-    tmp, tensors, weight_map, files = saving.tmp, {}, {}, {}
-    for share in shares:
-        tensors |= share["tensors"]
-        weight_map |= share["weight_map"]
-        files |= share["files"]
+    tmp = saving.tmp
+    tensors, weight_map, files = (dict(ChainMap(*parts)) for parts in zip(*shares))
     if len(shares) > 1:
         index = "model.safetensors.index.json"
         total = {"total_size": 4 * saving.model.n_params}
@@ -506,20 +515,6 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
     return find_checkpoints(run_dir)[0]
 
 
-def checkpoint_at(run_dir: str | Path, step: int) -> Path | None:
-    """The checkpoint of a run after `step` optimizer steps, if there is one."""
-    paths = [p for p in list_checkpoints(run_dir) if read_manifest(p)["step"] == step]
-    return paths[0] if paths else None
-
-
-def delete_directory(path: Path) -> None:
-    """Remove a checkpoint. Of a link nothing but the link is removed."""
-    # First its name, so that a kill in the middle leaves nothing that looks like a checkpoint.
-    gone = path.with_name(f"{path.name}.tmp")
-    remove(gone)
-    remove(path.rename(gone))
-
-
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that must not count any more to NAME.aside; nothing is lost."""
     target = path.with_name(f"{path.name}.aside")
@@ -535,16 +530,21 @@ def remove_leftovers(run_dir: Path) -> None:
             remove(path)
 
 
-def drop_old_checkpoints(run_dir: Path, keep_rolling: int, keep_train_state: int) -> None:
-    """Keep the newest rolling checkpoints, and the newest training states (0 = all)."""
-    # Only sound ones count, so that a damaged checkpoint does not cause a good one to be deleted.
-    rolling = [path for path in list_checkpoints(run_dir) if path.name.startswith("step_")]
+def drop_old_checkpoints(paths: list[Path], keep_rolling: int, keep_train_state: int) -> list[Path]:
+    """Of a run's sound checkpoints, oldest first, keep the newest rolling ones, and the newest
+    training states (0 = all); returns those that are left."""
+    paths = [path for path in paths if path.exists()]  # somebody may have moved one away
+    rolling = [path for path in paths if path.name.startswith("step_")]
     # Not rolling[:-keep_rolling], which is empty for 0 and would keep them all.
-    for path in rolling[: max(0, len(rolling) - keep_rolling)]:
-        delete_directory(path)
-    for path in list_checkpoints(run_dir)[:-keep_train_state] if keep_train_state else []:
+    old = rolling[: max(0, len(rolling) - keep_rolling)]
+    # First the name goes, so that a kill in the middle leaves nothing that looks like a checkpoint.
+    for path in old:
+        remove(path.rename(path.with_name(f"{path.name}.tmp")))
+    left = [path for path in paths if path not in old]
+    for path in left[:-keep_train_state] if keep_train_state else []:
         if (path / "train_state").exists() and not path.is_symlink():  # a link to another run's
             remove((path / "train_state").rename(path.with_name(f"{path.name}_state.tmp")))
+    return left
 
 
 def weights_hash(path: Path) -> str:
@@ -575,7 +575,8 @@ def select_checkpoints(run_dir: str, which: str) -> list[Path]:
             raise UserError(f"There is no checkpoint {path}{problem}; {run_dir} has:"
                             f" {', '.join(p.name for p in found) or 'none'}.")
     if not paths:
-        raise UserError(f"{run_dir} has no checkpoint yet: run train.py with this config first.")
+        raise UserError(f"There is no checkpoint yet in {Path(run_dir).absolute()}: run train.py"
+                        " with this config first, in the same folder.")
     return paths
 
 
@@ -668,14 +669,14 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
                    f" {file} (--again=true measures anew).")
     # Neighbours in this list share a checkpoint, and to load one is expensive.
     begin, end = (len(todo) * r // world_size() for r in (rank(), rank() + 1))
-    measured, unwritten = {}, ""
-    for path, group in itertools.groupby(todo[begin:end], key=lambda request: request[0]):
+    measured, mine = {}, configs.progress(todo[begin:end], file.stem)
+    for path, group in itertools.groupby(mine, key=lambda request: request[0]):
         try:
             load_weights(model, path)
         except UserError as error:
             problems[path] = str(error)
             continue
-        for _, e, key, entry in tqdm([*group], desc=path.name, leave=False, disable=None):
+        for _, e, key, entry in group:
             measured[key] = entry | {"result": e.run(model)}
             try:
                 json.dumps(measured[key], allow_nan=False)
@@ -684,9 +685,7 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
                 problems[path] = f"{path}: the result of {e.name} is not finite."
                 break
             except OSError as error:  # as in a run of somebody else's
-                unwritten = f"{file} could not be written ({error.strerror})."
-    if unwritten:
-        tqdm.write(f"{unwritten} What was measured now is shown, and not kept.")
+                problems[file] = f"{file} ({error.strerror}): what is measured is shown alone."
     for rank_results, rank_problems in parallel.all_gather_object((measured, problems)):
         results |= rank_results
         problems |= rank_problems

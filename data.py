@@ -17,7 +17,9 @@ import json
 import mmap
 import os
 import shutil
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,9 +31,9 @@ from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 3  # of the manifest and of the files that it lists; any other is refused
 # The settings that decide the bytes of a data set. Its manifest records their values.
-DATA_SETTINGS = """sources source_weights max_source_bytes tokenized tokenized_valid on_bad_line
-    tokenizer vocab_size seq_len n_chunks sequences_per_chunk valid_sequences seed source_halves
-    valid_documents crystal_tokens fim_rates fim_spm_rate""".split()
+DATA_SETTINGS = """sources text_field source_weights max_source_bytes tokenized tokenized_valid
+    on_bad_line tokenizer vocab_size seq_len n_chunks sequences_per_chunk valid_sequences seed
+    source_halves valid_documents crystal_tokens fim_rates fim_spm_rate""".split()
 # These two have a meaning for training too, so a run may have other values than its data.
 RUN_SETTINGS = ("seed", "vocab_size")
 # Where a document begins in the tokens of its source, the number of its file, and its number in the
@@ -112,11 +114,7 @@ class Data:
         return chunk[numbers]
 
     def validation(self, source: str) -> np.ndarray:
-        """The validation sequences of a source, as `chunk`; UserError if it has none."""
-        if source not in self.validation_sources:
-            names = ", ".join(self.validation_sources) or "no source"
-            raise UserError(f"{self.directory} has no validation sequences of {source!r}; it has"
-                            f" them of {names}.")
+        """The validation sequences of one of the validation_sources, as `chunk`, verified."""
         return self.verified(self.manifest["valid"][self.validation_sources.index(source)])
 
     def verified(self, file: dict[str, Any]) -> np.ndarray:
@@ -150,31 +148,37 @@ class Data:
         return chunk_schedule(self.steps_per_chunk(config.global_batch_size), config.skip_chunks,
                               config.epochs)
 
+    def check_settings(self, config: Config, may_differ: tuple[str, ...] = RUN_SETTINGS) -> None:
+        """UserError if the config asks for other data than this: the run would use the data as it
+        is, and record settings that had no effect."""
+        # A setting that is younger than the data had no other value then.
+        made_with = data_settings(Config()) | self.manifest["settings"]
+        differ = [f"{name} = {value!r} (the data: {made_with[name]!r})"
+                  for name, value in data_settings(config).items()
+                  if name not in may_differ and value != made_with[name]]
+        if differ:
+            raise UserError(f"{self.directory} was prepared with other settings than these:"
+                            f" {', '.join(differ)}. Take the data's, or prepare data for these:"
+                            " with another --data_dir, or after deleting it.")
+
     def verify(self) -> list[str]:
         """Compare every file with its sha256 in the manifest; a sentence for each that differs."""
-        problems = []
-        for file in self.files:
-            try:
-                self.verify_file(file)
-            except UserError as problem:
-                problems.append(str(problem))
-        return problems
+        hashes = {file["file"]: file["sha256"] for file in self.files}
+        return [f"{self.directory}/{problem}." for problem in damaged(self.directory, hashes)]
 
     def verify_file(self, file: dict[str, Any]) -> None:
         """UserError unless the file of an entry of the manifest is there and has its sha256."""
-        path = self.directory / file["file"]
-        if not path.is_file():
-            raise UserError(f"{path} is missing.")
-        if (sha256 := sha256_file(path)) != file["sha256"]:
-            raise UserError(f"{path} differs: its sha256 is {sha256}, not {file['sha256']}.")
+        for problem in damaged(self.directory, {file["file"]: file["sha256"]}):
+            raise UserError(f"{self.directory}/{problem}.")
 
 
 def load_data(directory: str | Path, window: int = 2**31) -> Data:
     """Open a prepared data set of up to `window` tokens a sequence; UserError if there is none."""
     path = Path(directory, "manifest.json")
     if not path.exists():
-        raise UserError(f"{directory} has no prepared data (no manifest.json): run"
-                        " python prepare_data.py configs/NAME.py first.")
+        config = next((w for w in sys.argv[1:] if w.endswith(".py")), "configs/NAME.py")
+        raise UserError(f"There is no prepared data (no manifest.json) in {path.parent.absolute()}:"
+                        f" run python prepare_data.py {config} first, in the same folder.")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is damaged or of format {manifest.get('format')}, not {FORMAT}:"
@@ -192,20 +196,6 @@ def load_data(directory: str | Path, window: int = 2**31) -> Data:
 def data_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the bytes of a data set."""
     return {name: getattr(config, name) for name in DATA_SETTINGS}
-
-
-def check_data_settings(config: Config, data: Data,
-                        may_differ: tuple[str, ...] = RUN_SETTINGS) -> None:
-    """UserError if the config asks for other data than this: the run would use the data as it is,
-    and record settings that had no effect."""
-    made_with = data.manifest["settings"]
-    differ = [f"{name} = {value!r} (the data: {made_with.get(name)!r})"
-              for name, value in data_settings(config).items()
-              if name not in may_differ and value != made_with.get(name)]
-    if differ:
-        raise UserError(f"{data.directory} was prepared with other settings than these:"
-                        f" {', '.join(differ)}. Take the data's, or prepare data for these: with"
-                        " another --data_dir, or after deleting it.")
 
 
 # ---- the data order: a pure function of the config
@@ -283,6 +273,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def damaged(directory: Path, hashes: dict[str, str]) -> list[str]:
+    """What is wrong with the files of a directory that are to have these sha256, by name."""
+    def look(name: str) -> str:
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        if (found := sha256_file(directory / name)) == hashes[name]:
+            return ""
+        return f"{name} differs: its sha256 is {found}, not {hashes[name]}"
+
+    # In threads: a core hashes 1.5 GB/s, and a disk may read more.
+    with ThreadPoolExecutor(8) as pool:
+        return [*filter(None, pool.map(look, hashes))]
+
+
 def sha256_json(value: Any) -> str:
     """The sha256 of a value's canonical JSON: {2: x} and {"2": x} have the same."""
     kept = json.loads(json.dumps(value))
@@ -335,8 +339,12 @@ def remove(path: Path) -> None:
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Hold a lock on a directory while the returned file is open; UserError if another process
-    holds it. The system releases it when the process ends, however that happens."""
+    """Make a directory, and hold a lock on it while the returned file is open; UserError if another
+    process holds it. The system releases it when the process ends, however that happens."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{error.filename} is a file, or a link that leads nowhere: move it away.")
     lock = open_ours(directory / "lock", "lock")
     try:
         # LOCK_NB: fail at once instead of waiting for the other process, which may train for weeks.

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import checkpoint as ckpt
 import kernels
-from configs import Config, UserError, load, read_regular, run_command
+from configs import Config, UserError, load, progress, read_regular, run_command
 from data import Data, load_data, sha256_file, sha256_json
 from model import KVCache, LLaMA, continue_text
 from parallel import all_gather_object, build_for_inference, rank
@@ -312,7 +311,7 @@ def log_likelihoods(model: LLaMA, questions: list[list[Request]], batch: int) ->
     n_rows = max(len({r.ids[:-1].tobytes() for r in question}) for question in questions)
     size = max(1, batch // n_rows)  # questions of a batch
     values: dict[int, np.ndarray] = {}
-    for start in tqdm(range(0, len(order), size), unit="batch", leave=False, disable=None):
+    for start in progress(range(0, len(order), size), "batches"):
         numbers = order[start : start + size]
         values |= zip(numbers, score_batch(model, [questions[i] for i in numbers]))
     return [values[i] for i in range(len(questions))]
@@ -377,10 +376,12 @@ def score_questions(model: LLaMA, questions: list[Question], metric: str,
     points: dict[str, list[float]] = {"acc": [], "acc_norm": [], "mc2": []}
     log_p = log_likelihoods(model, [question.requests for question in questions], batch)
     for values, question in zip(log_p, questions):
-        points["acc"].append(question.gold[values.argmax()])
+        # NaN if any of the values is: argmax would hide it, and no result may have one.
+        gold = question.gold + 0 * values.sum()
+        points["acc"].append(gold[values.argmax()])
         # Per character, or short choices would have an advantage.
-        points["acc_norm"].append(question.gold[(values / question.lengths).argmax()])
-        points["mc2"].append(question.gold @ np.exp(values - np.logaddexp.reduce(values)))
+        points["acc_norm"].append(gold[(values / question.lengths).argmax()])
+        points["mc2"].append(gold @ np.exp(values - np.logaddexp.reduce(values)))
     n, chance = len(questions), math.fsum(question.gold.mean() for question in questions)
     result: dict[str, Any] = {"metric": metric, "n": n, "chance": chance / n}
     for name in ("acc", "acc_norm") if metric == "acc_norm" else (metric,):

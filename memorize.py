@@ -236,13 +236,6 @@ def membership(losses: list[np.ndarray], age: np.ndarray) -> dict[str, float]:
     return result
 
 
-def correlations(values: np.ndarray) -> list[list[float | None]]:
-    """(C, C) between checkpoints, of values (C, sequences); None where all sequences are equal."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        matrix = np.atleast_2d(np.corrcoef(values)).round(4)
-    return np.where(np.isfinite(matrix), matrix, None).tolist()
-
-
 def summarize(config: Config, data: Data, records: list, chunks: list[int], flags: Flags) -> dict:
     """Everything that memorization.json holds; records: those of the first checkpoint first."""
     n, numbers, checkpoints = len(chunks), chunk_numbers(data), records[:: len(chunks)]
@@ -268,39 +261,14 @@ def summarize(config: Config, data: Data, records: list, chunks: list[int], flag
         "membership": membership(grid["loss"], age), "by_source": by_source,
         "histogram": [np.bincount(np.rint(scores * flags.l).astype(int),
                                   minlength=flags.l + 1).tolist() for scores in together["score"]],
-        "correlation": {key: correlations(together[key]) for key in ("score", "extractible")},
         "extractible": [text for r in records[-n:] for text in r["result"]["texts"]],
     }
 
 
-def heat_map(summary: dict[str, Any], values: np.ndarray, digits: int) -> list[str]:
-    """Values (C, N) as numbers and shades, a line per checkpoint; a bar after its latest chunk."""
-    latest = np.array(summary["ages"]) == 0  # (C, N)
-    low, spread = values.min(), values.max() - values.min() or 1
-    # Of more than ten chunks, neighbours share a column, which shows their mean.
-    groups = np.array_split(np.arange(values.shape[1]), min(10, values.shape[1]))
-    heads = [str(summary["chunks"][g[0]]) + "-" * (len(g) > 1) for g in groups]
-    lines = [" " * 13 + "".join(f"{head:>5}  " for head in heads)]
-    for c, name in enumerate(summary["checkpoints"]):
-        line = f"{name[-12:]:>12} "
-        for group in groups:
-            value = values[c, group].mean()
-            shade = " ░▒▓█"[round(4 * (value - low) / spread)]
-            line += f"{value:5.{digits}f}{shade}{'|' if latest[c, group].any() else ' '}"
-        lines.append(line.rstrip())
-    return lines
-
-
 def summary_text(summary: dict[str, Any]) -> str:
-    """The heat maps, and the averages, effects and correlations below them."""
-    score, loss = (np.array([[cell[key] for cell in row] for row in summary["cells"]])
-                   for key in ("score", "loss"))  # (C, N) each
-    lines = [f"memorization score in % (k = {summary['k']}, l = {summary['l']}); a line per"
-             " checkpoint, a column per chunk; | behind the latest seen",
-             *heat_map(summary, 100 * score, 1)]
-    if min(np.shape(summary["ages"])) > 1:
-        lines += ["by how many nats the loss is below the levels of its checkpoint and chunk",
-                  *heat_map(summary, -double_center(loss), 2)]
+    """The averages and effects, a line each; tools/report.py draws the grid."""
+    lines = [f"memorization (k = {summary['k']}, l = {summary['l']}) at"
+             f" {', '.join(summary['checkpoints'])}, of {len(summary['chunks'])} chunks"]
     for key, form in (("seen", "{}"), ("effects", "{} against unseen"), ("by_source", "source {}")):
         sign = "+" if key == "effects" else ""  # an effect is a difference
         for name, f in summary[key].items():
@@ -315,10 +283,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         if name in summary["membership"]:
             parts.append(f"AUC {summary['membership'][name]:.3f}")
         lines.append(f"{'age ' + name:>24}: {', '.join(parts)}")
-    names, correlation = summary["checkpoints"], summary["correlation"]["score"][0][-1]
-    if len(names) > 1 and correlation is not None:
-        lines.append(f"{'same sequences':>24}: correlation {correlation:.2f} between the scores of"
-                     f" {names[0]} and {names[-1]}")
     for text in summary["extractible"][:3]:
         lines.append(f"{'memorized':>24}: {text['source']}, chunk {text['chunk']} sequence"
                      f" {text['sequence']}: {text['continuation'][:60]!r}")

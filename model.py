@@ -259,22 +259,25 @@ class LLaMA(nn.Module):
         return self.requires_grad_(False)
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], n: int, temperature: float = 0.0,
-                 top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
-        """The n tokens after each prompt, one list per prompt; all prompts have one length."""
-        if (largest := max(map(max, prompts))) >= self.config.vocab_size:
-            raise UserError(f"The prompt has token id {largest}, which is beyond the embedding"
-                            f" (vocab_size = {self.config.vocab_size}).")
-        ids = torch.tensor(prompts, device=self.lm_head.weight.device)  # (B, T)
-        cache = KVCache(self, len(prompts), ids.shape[1] + n)
+    def generate(self, prompts: Any, n: int, temperature: float = 0.0,
+                 seed: int = 0) -> list[list[int]]:
+        """The n tokens after each prompt, a list for each: the likeliest at temperature 0, else
+        drawn. prompts (B, T), or (T,) for one: token ids, as lists, a tensor or an array."""
+        ids = prompts if isinstance(prompts, Tensor) else torch.tensor(prompts)
+        ids = ids.to(self.lm_head.weight.device).view(-1, ids.shape[-1]).long()  # (B, T)
+        cache = KVCache(self, len(ids), ids.shape[1] + n)
         # A generator of its own: the global random state belongs to training.
         generator = torch.Generator(ids.device).manual_seed(seed)
-        tokens = []
+        tokens = [ids[:, :0]]
         for _ in range(n):
-            logits = self(ids, cache=cache, logits_to_keep=1)  # (B, 1, V)
-            ids = sample(logits[:, 0].float(), temperature, top_p, generator)[:, None]  # (B, 1)
+            logits = self(ids, cache=cache, logits_to_keep=1)[:, 0].float()  # (B, V)
+            if not logits.isfinite().all():
+                raise UserError("The logits are not finite: the weights are damaged, or diverged.")
+            ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+            if temperature:
+                ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             tokens.append(ids)
-        return torch.cat(tokens, 1).tolist() if tokens else [[] for _ in prompts]  # (B, n)
+        return torch.cat(tokens, 1).tolist()  # (B, n)
 
 
 def truncate(values: Tensor, generator: torch.Generator) -> None:
@@ -293,31 +296,23 @@ def is_hidden(name: str) -> bool:
     return ".layers." in name and name.endswith("proj.weight")
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Logits (B, V) -> one token each (B,): the likeliest at temperature 0, else a drawn one."""
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    # Nucleus sampling (Holtzman et al. 2020): of the fewest tokens that have top_p together.
-    values, order = (logits / temperature).sort(-1, descending=True)  # (B, V) each
-    probabilities = values.softmax(-1)  # (B, V), the likeliest first
-    before = probabilities.cumsum(-1) - probabilities  # (B, V): all likelier tokens together
-    probabilities[before >= top_p] = 0
-    drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), places in `order`
-    return order.gather(-1, drawn)[:, 0]  # (B, 1) -> (B,)
-
-
 @torch.no_grad()
 def copy_into_shard(parameter: Tensor, values: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one (FSDP2) only this process's part."""
-    # Nothing is communicated: every process comes with the same `values`. They may be a mapped
-    # file, of which that part alone is read.
+    # Every process comes with the same `values`. They may be a mapped file, of which that part
+    # alone is read: of HSDP's replicas by the first, from which the others get it.
+    replicas = None
     if isinstance(parameter, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements)
         for dim in range(values.dim()):
             values = values.narrow(dim, offset[dim], shape[dim])  # a view; nothing is read yet
-        parameter = parameter.to_local()
-    parameter.copy_(values)
+        mesh, parameter = parameter.device_mesh, parameter.to_local()
+        replicas = mesh.get_group("replicate") if mesh.ndim == 2 else None
+    if not replicas or replicas.rank() == 0:
+        parameter.copy_(values)
+    if replicas:
+        torch.distributed.broadcast(parameter, group=replicas, group_src=0)
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LLaMA:
@@ -330,6 +325,6 @@ def continue_text(model: LLaMA, tokenizer: Any, prompt: str, n: int,
                   temperature: float = 0.0) -> str:
     """The prompt and n generated tokens; does not stop at eos_id. Temperature 0 is greedy."""
     # An empty prompt is the start of a document: in the data that comes after an eos_id.
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
-    continuations = model.generate([ids], n, temperature=temperature, top_p=0.95)
-    return tokenizer.decode(ids + continuations[0])
+    ids = tokenizer(prompt) or [tokenizer.eos_id]
+    [continuation] = model.generate(ids, n, temperature=temperature)
+    return tokenizer.decode(ids + continuation)

@@ -6,7 +6,7 @@ there is one process, rank 0 of 1, and no process group.
 """
 
 import ctypes
-import functools
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -16,11 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from configs import Config, UserError
@@ -86,14 +84,24 @@ def init_distributed(config: Config) -> None:
     dist.init_process_group(backend, **how)
 
 
+def set_timeout(mesh: DeviceMesh | None, device: torch.device, minutes: float) -> None:
+    """A collective on the device that takes longer ends the run."""
+    # HSDP's groups do not have the timeout of WORLD, but PyTorch's 10 or 30 minutes.
+    for group in (dist.group.WORLD, *mesh.get_all_groups()) if mesh else ():
+        group._get_backend(device)._set_default_timeout(timedelta(minutes=minutes))
+
+
 def micro_batches(config: Config, world: int) -> int:
     """Micro-batches of a process in one step; UserError if the batch is not divisible."""
     # The global batch is part of the experiment: it is never rounded to fit the machines.
     unit = config.micro_batch_size * world
     if config.global_batch_size % unit:
+        each, rest = divmod(config.global_batch_size, world)
+        fits = math.gcd(each, config.micro_batch_size)
         raise UserError(f"global_batch_size ({config.global_batch_size}) must be a multiple of"
                         f" micro_batch_size x processes ({config.micro_batch_size} x {world} ="
-                        f" {unit}).")
+                        f" {unit}): " + ("take another number of processes." if rest else
+                        f"--micro_batch_size={fits} would do, and keeps the run."))
     return config.global_batch_size // unit
 
 
@@ -177,8 +185,8 @@ def shard_size(config: Config, world: int) -> int:
 
 
 def build_device_mesh(config: Config, device_type: str) -> DeviceMesh | None:
-    """The processes as FSDP sees them: a line, or hsdp's groups; None without FSDP."""
-    if not dist.is_initialized() or config.parallel == "ddp":
+    """The processes as FSDP sees them: a line, or groups; None without torchrun."""
+    if not dist.is_initialized():
         return None
     size = shard_size(config, world_size())
     if config.parallel == "fsdp":
@@ -195,15 +203,18 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype,
     with torch.device("meta" if mesh else device):
         model = LLaMA(config, dtype)
     for block in model.model.layers:
-        apply_activation_checkpointing(block, config.activation_checkpointing)
+        if config.activation_checkpointing == "full":
+            recompute_in_backward(block)
         if config.compile:
             block.compile()
     # FSDP2: each process holds a float32 shard of every weight. Block after block, the weights are
     # gathered in `dtype` just before they are used, and let go after it.
     if mesh:
-        # Inputs are not cast to `dtype`, because the rotary table must stay float32.
-        policy = MixedPrecisionPolicy(None if config.same_bits else dtype,
-                                      getattr(torch, config.reduce_dtype),
+        # What stays in float32 until it is used (None) has the bits that it has in one process; in
+        # DDP's groups of one nothing is gathered, and it costs nothing. Inputs are not cast,
+        # because the rotary table must stay float32.
+        kept = config.same_bits or config.parallel == "ddp"
+        policy = MixedPrecisionPolicy(None if kept else dtype, getattr(torch, config.reduce_dtype),
                                       cast_forward_inputs=False)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -216,13 +227,8 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype,
 
 
 class OrderedReduceScatter:
-    """FSDP's sum of the gradients, in the order of the micro-batches, for `same_bits`.
-
-    Process r of N computes the micro-batches r, N + r, 2N + r, ... After each, every process gets
-    all N gradients of its shard, and adds them one by one to those before. So each number is
-    ((g0 + g1) + g2) + ..., as one process adds them in .grad, and no bit depends on N. It sends as
-    many bytes as the reduce-scatter, and holds a second shard of the gradients.
-    """
+    """FSDP's sum of the gradients in the order of the micro-batches, for `same_bits`: a number is
+    ((g0 + g1) + g2) + ..., as one process adds them in .grad. docs/scale.md says what it costs."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches, self.done = micro_batches, 0
@@ -233,6 +239,7 @@ class OrderedReduceScatter:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
                  op: Any, async_op: bool = False) -> None:
+        # Process r of N has computed micro-batch r, N + r, 2N + r, ...: they are in order by rank.
         pieces = torch.empty_like(input_tensor)  # (N * shard,): this shard's gradient, by rank
         dist.all_to_all_single(pieces, input_tensor, group=group)
         for piece in pieces.chunk(group.size()):  # (shard,)
@@ -245,33 +252,10 @@ class OrderedReduceScatter:
             self.total = None
 
 
-# What selective activation checkpointing keeps of a block: products of matrices and attention.
-SAC_SAVE_OPS = [getattr(torch.ops.aten, name).default for name in (
-    "mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu")]
-SAC_SAVE_OPS.append(torch.ops.kernels.attention.default)
-
-
-def apply_activation_checkpointing(block: nn.Module, kind: str) -> None:
-    """Compute a block again in the backward pass: "full" keeps only its input, "selective" also the
-    outputs of SAC_SAVE_OPS."""
-    if kind == "none":
-        return
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if kind == "selective":
-        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAC_SAVE_OPS)
+def recompute_in_backward(block: nn.Module) -> None:
+    """Activation checkpointing: keep only the input of a block, and compute the rest again in the
+    backward pass."""
     inner = block.forward
     # A closure and not a functools.partial, which torch.compile does not look into.
-    block.forward = lambda *inputs: checkpoint(inner, *inputs, **how)
-
-
-def wrap_ddp(model: LLaMA, config: Config, device: torch.device) -> nn.Module:
-    """The model inside DDP if parallel = "ddp" and there are several processes."""
-    if not dist.is_initialized() or config.parallel != "ddp":
-        return model
-    wrapped = DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-    if config.reduce_dtype == "bfloat16":  # under its own name the hook is refused on CPUs
-        wrapped.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(
-            state, bucket))
-    return wrapped
+    block.forward = lambda *inputs: checkpoint(inner, *inputs, use_reentrant=False,
+                                               preserve_rng_state=False)

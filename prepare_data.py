@@ -31,18 +31,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 import tokenizer as tk
-from configs import Config, UserError, load, run_command
+from configs import Config, UserError, load, progress, run_command
 
 SAMPLE = 10 << 20  # characters of text, to train a tokenizer on
 BLOCK = 4096  # sequences in memory at a time: 16 MB at Amber's length
-FIELDS = ("text", "content")  # RedPajama, C4 and SlimPajama; RefinedWeb and StarCoder
-NO_TEXT = 'not JSON with a string "text" or "content"'
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # in the place of a large file
-BAR = {"leave": False, "disable": None}  # of tqdm: at a terminal, and not in a log file
 Files = dict[str, list[str]]  # paths by source
 
 
@@ -64,7 +60,7 @@ def main(argv: list[str]) -> None:
     directory, scratch = Path(config.data_dir), Path(config.data_dir, "unfinished")
     if (directory / "manifest.json").exists():
         there = data.load_data(directory)
-        data.check_data_settings(config, there, may_differ=())
+        there.check_settings(config, may_differ=())
         shutil.rmtree(scratch, ignore_errors=True)  # a kill may have come right before this
         print("Nothing to do (to prepare it anew, delete it): " + summary(config, there))
         return
@@ -94,61 +90,59 @@ def main(argv: list[str]) -> None:
 def find_files(pattern: str, passed: dict[str, str]) -> list[str]:
     """The regular files of a path, a glob or a folder, sorted; `passed` gets why others are not."""
     names: dict[str, str] = {}  # what the folders that were met are called, by real path
+    files: set[str] = set()  # each once: a glob can match a file and its folder
 
-    def find(folder: str, parts: list[str]) -> Iterator[str]:
-        # The paths in a folder that match the parts of a glob; ** is any number of folders.
-        if not parts:
-            yield folder
+    def take(path: str) -> None:
+        if not os.path.isfile(path):  # a pipe, where reading would wait for ever
+            passed[path] = "not a regular file"
+        elif os.path.getsize(path) < 1024 and Path(path).read_bytes().startswith(LFS_POINTER):
+            passed[path] = "git-lfs pointer (git lfs pull gets the file)"
+        else:
+            files.add(path)
+
+    def visit(path: str, parts: list[str]) -> None:
+        """Take what the parts of a glob match below a path: without parts, all there is."""
+        if not os.path.isdir(path or "."):
+            if not parts:
+                take(path)
             return
-        part, path, inside = parts[0], os.path.join(folder, parts[0]), []
-        if part == "**":
-            # Links are followed, and each folder is read once, so that a loop of links ends.
-            if names.setdefault(os.path.realpath(folder), folder) != folder:
-                passed[folder] = "folder that is read under another name"
+        part, *rest = parts or ["**"]
+        # A name that exists is that name, and not the glob that it would be. "" ends "text/*/".
+        if not part or part != "*" and os.path.lexists(os.path.join(path, part)):
+            return visit(os.path.join(path, part) if part else path, rest)
+        if part == "**":  # this folder and all below it; links are followed, each folder once
+            if names.setdefault(os.path.realpath(path), path) != path:
+                passed[path] = "folder that is read under another name"
                 return
-            yield from find(folder, parts[1:])
-        # A name that exists is that name, and not the glob that it would be.
-        elif part != "*" and os.path.lexists(path):
-            yield from find(path, parts[1:])
-            return
+            if rest:
+                visit(path, rest)
         try:
-            inside = sorted(os.listdir(folder or "."))
+            there = os.listdir(path or ".")
         except OSError:
-            if os.path.isdir(folder or "."):
-                passed[folder] = "folder that may not be read"
-        for name in fnmatch.filter(inside, part):
-            path = os.path.join(folder, name)
+            passed[path] = "folder that may not be read"
+            return
+        for name in sorted(fnmatch.filter(there, part)):
+            below = os.path.join(path, name)
             if name[0] == "." and part[0] != ".":
-                passed[path] = "hidden (its name begins with a dot)"
+                passed[below] = "hidden (its name begins with a dot)"
             elif part != "**":
-                yield from find(path, parts[1:])
-            elif os.path.isdir(path):
-                yield from find(path, parts)
+                visit(below, rest)
+            elif os.path.isdir(below) or not rest:
+                visit(below, parts if os.path.isdir(below) else rest)
 
-    files: dict[str, None] = {}  # each once: a glob can match a file and its folder
-    start = os.path.expanduser(pattern)
-    parts = [part for part in start.split("/")[:-1] if part] + [os.path.basename(start)]
-    for place in sorted(find("/" if start.startswith("/") else "", parts)):
-        folder = place[:1] + place[1:].rstrip("/")  # text/*/ gives text/a/, but / is /
-        for path in find(folder, ["**", "*"]) if os.path.isdir(place or ".") else [place]:
-            if not os.path.isfile(path):
-                if not os.path.isdir(path or "."):  # a pipe, where reading would wait for ever
-                    passed[path] = "not a regular file"
-            elif os.path.getsize(path) < 1024 and Path(path).read_bytes().startswith(LFS_POINTER):
-                passed[path] = "git-lfs pointer (git lfs pull gets the file)"
-            else:
-                files[path] = None
+    *parts, last = os.path.expanduser(pattern).split("/")
+    visit("/"[not pattern.startswith("/"):], [*filter(None, parts), last])
     if not files:
-        raise UserError(f"There is no regular file at {pattern} (passed over:"
+        raise UserError(f"There is no regular file at {os.path.abspath(pattern)} (passed over:"
                         f" {dict(Counter(passed.values())) or 'nothing'})."
                         " python tools/corpus.py writes those in data/corpus.")
-    return list(files)
+    return sorted(files)
 
 
-def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+def read_documents(path: str, config: Config, notes: Counter[str]) -> Iterator[str]:
     """The documents of a file: valid Unicode, none empty. `notes` counts by reason what was left
     out, and as "repaired" the documents that were not valid."""
-    for text in naming(path, read_file(path, on_bad_line, notes)):
+    for text in naming(path, read_file(path, config, notes)):
         valid = tk.replace_invalid_utf8(text)
         notes["repaired"] += valid is not text
         if valid:
@@ -157,14 +151,32 @@ def read_documents(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator
             notes["empty document"] += 1
 
 
-def read_file(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]:
+def read_file(path: str, config: Config, notes: Counter[str]) -> Iterator[str]:
     """The texts of a file. The ending of its name tells how it holds them."""
     name = re.sub(r"\.(gz|zst)$", "", path.lower())
+    keys = config.text_field.split(",")
+    wanted = f"a string in {' or '.join(keys)}, as text_field says"
+
+    def text_of(record: dict[str, Any]) -> str:
+        texts = [text for key in keys if isinstance(text := record.get(key), str)]
+        return next(filter(None, texts), texts[-1])  # LookupError if there is none
+
     if name.endswith(".parquet"):
-        yield from read_parquet(path, notes)
+        from pyarrow.parquet import ParquetFile  # optional: pip install pyarrow
+        file = ParquetFile(path)
+        columns = [key for key in keys if key in file.schema_arrow.names]
+        rows = (row for batch in file.iter_batches(1024, columns=columns)
+                for row in batch.to_pylist())
+        for row in rows:
+            try:
+                yield text_of(row)
+            except LookupError:
+                notes[f"row without {wanted}"] += 1
     # C4's and Dolma's files end in .json. In folders of code those are the settings of programs.
-    elif name.endswith((".jsonl", ".ndjson")) or name.endswith(".json") and is_json_lines(path):
-        yield from (text for _, text in read_lines(path, text_of, NO_TEXT, on_bad_line, notes))
+    elif (name.endswith((".jsonl", ".ndjson"))
+          or name.endswith(".json") and is_json_lines(path, keys)):
+        for _, text in read_lines(path, text_of, f"not JSON with {wanted}", config, notes):
+            yield text
     elif name.endswith((".json", ".csv", ".tsv")):
         notes["a table or JSON, but not JSON Lines: convert it to .jsonl"] += 1
     else:
@@ -178,7 +190,7 @@ def read_file(path: str, on_bad_line: str, notes: Counter[str]) -> Iterator[str]
                 yield (head + f.read()).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
-def read_lines(path: str, parse: Callable[[Any], Any], expected: str, on_bad_line: str,
+def read_lines(path: str, parse: Callable[[Any], Any], expected: str, config: Config,
                notes: Counter[str]) -> Iterator[tuple[int, Any]]:
     """(number, parse(JSON)) of the lines of a file, counted from 0. A line that is not what is
     expected, for which `parse` fails, is counted in `notes`, or ends the preparation."""
@@ -189,41 +201,24 @@ def read_lines(path: str, parse: Callable[[Any], Any], expected: str, on_bad_lin
                 continue
             try:
                 value = parse(json.loads(text))
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                if on_bad_line == "stop":
-                    raise UserError(f"{path}, line {number + 1}: {expected} (found {line[:40]!r})."
-                                    " --on_bad_line=skip leaves such lines out and counts them.")
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                if config.on_bad_line == "stop":
+                    because = f"{error}; " if type(error) is ValueError else ""
+                    raise UserError(f"{path}, line {number + 1}: {expected} ({because}found"
+                                    f" {line[:40]!r}). --on_bad_line=skip leaves such lines out and"
+                                    " counts them.")
                 notes[expected] += 1
             else:
                 yield number, value
 
 
-def text_of(record: dict[str, Any]) -> str:
-    """The text of a document with other fields; LookupError if it has none."""
-    texts = [text for key in FIELDS if isinstance(text := record.get(key), str)]
-    return texts[0] or texts[-1]
-
-
-def is_json_lines(path: str) -> bool:
+def is_json_lines(path: str, keys: list[str]) -> bool:
     """Whether the first line of a file that is not blank is a document, perhaps without text."""
     try:
-        _, record = next(read_lines(path, dict.copy, NO_TEXT, "stop", Counter()), (0, {}))
+        _, record = next(read_lines(path, dict.copy, "", Config(), Counter()), (0, {}))
     except UserError:
         return False
-    return any(isinstance(record.get(key, 0), str | None) for key in FIELDS)
-
-
-def read_parquet(path: str, notes: Counter[str]) -> Iterator[str]:
-    """A row is a document."""
-    from pyarrow.parquet import ParquetFile  # optional: pip install pyarrow
-    file = ParquetFile(path)
-    columns = [name for name in FIELDS if name in file.schema_arrow.names]
-    for batch in file.iter_batches(1024, columns=columns):
-        for record in batch.to_pylist():
-            try:
-                yield text_of(record)
-            except LookupError:
-                notes[f"no string in {' or '.join(columns or FIELDS)}"] += 1
+    return any(isinstance(record.get(key, 0), str | None) for key in keys)
 
 
 def open_input(path: str) -> BinaryIO:
@@ -261,7 +256,7 @@ def from_text(work: Work, tokenizer: tk.Tokenizer, files: Files) -> dict[str, An
             mine = [p._replace(numbers=p.numbers[c::n]) for p in pieces]
             return write_sequences(work, f"train/chunk_{c:03}.npy", mine)
 
-        chunks = [*tqdm(pool.map(write_chunk, range(n)), "chunks", n, **BAR)]
+        chunks = [*progress(pool.map(write_chunk, range(n)), "chunks", n)]
     return {"sources": sources, "chunks": chunks, "valid": valid,
             "dropped": sum((Counter(source["dropped"]) for source in sources), Counter()),
             "documents": list_documents(work, files)}
@@ -291,7 +286,7 @@ def sample_texts(config: Config, files: Files) -> Iterator[str]:
         for i in np.random.default_rng(config.seed).permutation(len(paths)):
             # Few files give more each than many do, and a huge one is never read whole.
             left = min(budget, max(1 << 20, SAMPLE // len(paths)))
-            for text in read_documents(paths[i], config.on_bad_line, Counter()):
+            for text in read_documents(paths[i], config, Counter()):
                 yield (part := text[:left])
                 budget, left = budget - len(part), left - len(part)
                 if left <= 0:
@@ -319,9 +314,12 @@ def encode_source(work: Work, tokenizer: tk.Tokenizer, pool: ThreadPoolExecutor,
         return np.append(ids, tokenizer.eos_id).astype(work.dtype["token_ids"].base)
 
     documents = encoded_in_order(pool, encode, choose_documents(work.config, name, paths, notes))
+    before = np.cumsum([0, *map(os.path.getsize, paths)])  # bytes in the files before each
     with (data.writing(train) as train_file, data.writing(valid) as valid_file,
-          writing_array(work.directory / f"documents/{name}.npy", data.DOCUMENT) as index):
-        for (file, number, text, _, held_out), tokens in tqdm(documents, desc=name, **BAR):
+          writing_array(work.directory / f"documents/{name}.npy", data.DOCUMENT) as index,
+          progress(None, name, before[-1], unit="B", unit_scale=True) as bar):
+        for (file, number, text, _, held_out), tokens in documents:
+            bar.update(before[file] - bar.n)
             if held_out:
                 valid_file.write(tokens.tobytes())
                 continue
@@ -341,7 +339,7 @@ def choose_documents(config: Config, source: str, paths: list[str],
     used from a source, up to max_source_bytes."""
     half, left = config.source_halves.get(source), config.max_source_bytes or float("inf")
     for file, path in enumerate(paths):
-        for number, text in enumerate(read_documents(path, config.on_bad_line, notes), 1):
+        for number, text in enumerate(read_documents(path, config, notes), 1):
             utf8 = text.encode()
             # The text of a document decides what is done with it, in all stages. The last bit of
             # the key is its half, and the other bits decide whether it is held out.
@@ -425,10 +423,9 @@ def deal(work: Work, counts: dict[str, dict]) -> tuple[list[Piece], list[dict], 
         weight = config.source_weights.get(name, 1)
         dealt = np.append(np.tile(free, int(weight)), evenly(free, round(weight % 1 * len(free))))
         if there < needed or weight and len(dealt) < n:
-            raise UserError(f"Source {name!r} is too small for n_chunks = {n} and valid_sequences ="
-                            f" {config.valid_sequences}: it has {len(tokens)} sequences;"
-                            f" {len(dealt)} are to train on, for validation there are {there}."
-                            f" Give it more text, or lower one of the two. It has {about}.")
+            raise UserError(f"Source {name!r} is too small for n_chunks = {n} or valid_sequences ="
+                            f" {config.valid_sequences}: there are {len(dealt)} sequences to train"
+                            f" on, {there} for validation. It has {about}.")
         sources.append({"name": name, "weight": weight, **about, "sequences": len(tokens),
                         "tail_tokens": about["tokens"] - tokens.size})
         pieces.append(Piece(number, name, tokens, dealt))
@@ -538,18 +535,20 @@ def convert_released(work: Work, n_vocab: int, names: list[str],
     if done.exists():
         return data.read_json(done)
     counts, dropped = dict.fromkeys(names, 0), Counter()
-    width, on_bad_line = work.config.seq_len + 1, work.config.on_bad_line
+    width = work.config.seq_len + 1
 
-    def parse(record: dict[str, Any]) -> tuple[np.ndarray, str]:
-        ids, source = np.array(record["token_ids"]), record["source"]
-        # NumPy reads true as 1, so the types are looked at as well.
-        if (isinstance(source, str) and set(map(type, record["token_ids"])) == {int}
-                and ids.shape == (width,) and ids.min() >= 0 and ids.max() < n_vocab):
-            return ids, source
-        raise ValueError
+    def parse(record: dict[str, Any]) -> tuple[list[int], str]:
+        ids, source = record["token_ids"], record["source"]
+        if len(ids) != width:
+            raise ValueError(f"it has {len(ids)} token_ids")
+        if set(map(type, ids)) != {int} or not 0 <= min(ids) <= max(ids) < n_vocab:
+            raise ValueError("one of its token_ids is no such number")
+        if not isinstance(source, str):
+            raise ValueError("its source is not a string")
+        return ids, source
 
     expected = f"not JSON with token_ids, {width} numbers below {n_vocab}, and a source"
-    lines = naming(path, read_lines(path, parse, expected, on_bad_line, dropped))
+    lines = naming(path, read_lines(path, parse, expected, work.config, dropped))
     with writing_array(everything, work.dtype) as f:
         for number, (ids, source) in lines:
             if source not in counts:
@@ -558,9 +557,7 @@ def convert_released(work: Work, n_vocab: int, names: list[str],
                     raise UserError(f"{path}, line {number + 1}: the source {source!r} is not one"
                                     f" of the first file's (256 at most), {[*counts][:9]}.")
             counts[source] = counts.get(source, 0) + 1
-            # A record: the number of the source, the number of the line, the ids.
-            f.write(bytes([[*counts].index(source)]) + number.to_bytes(4, "little"))
-            f.write(ids.astype(work.dtype["token_ids"].base).tobytes())
+            f.write(np.array(([*counts].index(source), number, ids), work.dtype).tobytes())
     kept = list(counts.values())
     if not sum(kept):
         raise UserError(f"{path} has no line that is a sequence.")
@@ -591,12 +588,12 @@ def choose_released(files: list[Path], wanted: list[int], cap: int, out: Path) -
 def in_processes(workers: int, job: Callable[[Any], Any], arguments: list) -> list[Any]:
     """job(argument) of every argument, in worker processes; the results in their order."""
     if min(workers, len(arguments)) <= 1:
-        return [job(argument) for argument in tqdm(arguments, **BAR)]
+        return [job(argument) for argument in progress(arguments, "files")]
     # Not multiprocessing.Pool, which waits for ever when a worker is killed.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             # In their order, so that of several errors always the same one is reported.
-            return list(tqdm(pool.map(job, arguments), total=len(arguments), **BAR))
+            return [*progress(pool.map(job, arguments), "files", len(arguments))]
         except BrokenExecutor:
             raise UserError("A worker process was killed, perhaps for want of memory: run the same"
                             " command again (finished files are kept), maybe with fewer --workers.")
@@ -655,7 +652,6 @@ def begin(config: Config, files: Files, scratch: Path) -> BinaryIO:
     if not ours and any(path.is_symlink() or not path.is_dir() for path in directory.rglob("*")):
         raise UserError(f"{directory} exists, but has no manifest.json: it is not a data set."
                         " Delete it, or choose another place with --data_dir.")
-    scratch.mkdir(parents=True, exist_ok=True)
     lock = data.lock_directory(scratch)
     if (directory / "manifest.json").exists():
         raise UserError(f"Another process has just finished {directory}.")

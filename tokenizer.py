@@ -123,6 +123,9 @@ class Tokenizer:
             ids = map(self.core._encode_single_piece, regex.findall(self.core._pat_str, text))
             return np.concatenate([*ids]).astype(np.uint32)
 
+    def __call__(self, text: str) -> list[int]:
+        return self.encode(text).tolist()
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Half a character or an unknown id becomes U+FFFD."""
         # It never raises: a model may give any id, and more ids than the tokenizer has.

@@ -17,7 +17,6 @@ import gc
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import time
@@ -29,34 +28,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import checkpoint as ckpt
 import kernels
 import parallel
 from configs import Config, ModelConfig, UserError, load, open_ours, run_command
-from data import (
-    Data,
-    Visit,
-    check_data_settings,
-    load_data,
-    lock_directory,
-    step_sequences,
-    step_to_visit,
-    write_json,
-)
+from data import Data, Visit, load_data, lock_directory, step_sequences, step_to_visit, write_json
 from eval import validate
 from model import LLaMA, continue_text, meta_model
 from parallel import micro_batches, on_rank_zero, rank, world_size
 
 GC_STEPS = 50  # between two collections of Python's garbage
-# Dense bf16 matmul, from data sheets. The first key in a device's name counts: the longer first.
-PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-               "H800": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "A10": 125,
-               "RTX 4090": 165, "RTX 3090": 71}
+SIGNALS: list[str] = []  # that this process got; all look at them together, after each step
 
 
 @dataclass
@@ -67,15 +54,16 @@ class Run:
     data: Data
     schedule: list[Visit]  # the run's passes through chunks, from its first step to its last
     model: LLaMA
-    ddp_model: nn.Module  # what train_step calls: `model`, inside DDP if parallel = "ddp"
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
+    mesh: DeviceMesh | None = None  # of the processes, if torchrun has started them
     step: int = 0  # optimizer steps done
     started_from: dict = field(default_factory=dict)  # the checkpoint of init_from, if any
     parent: dict = field(default_factory=dict)  # name and hash of the newest checkpoint of a chunk
-    signal: str = ""  # the name of the signal that this process got
+    checkpoints: list[Path] = field(default_factory=list)  # those of the run, oldest first
     saving: ckpt.Saving | None = None  # the checkpoint that is being written
     saved_at: float = math.inf  # when the newest was begun; until the first step nothing is due
+    logged_at: float = 0.0  # when a step was last logged
     # (stop, save_due, writing) of the last step, each true if it is in any process: gather_losses.
     flags: tuple[bool, bool, bool] = (False, False, False)
 
@@ -94,16 +82,18 @@ class Run:
             with contextlib.suppress(OSError), open_ours(self.dir / "train.log", "append") as f:
                 f.write(f"{text}\n".encode(errors="replace"))
             with contextlib.suppress(OSError):
-                tqdm.write(text)
+                print(text, flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Train a run from where it stands until its data, max_steps or a signal ends it."""
+    # First of all: Slurm's would kill a process that is still starting, and torchrun begin again.
+    signal.signal(signal.SIGUSR1, lambda got, _: SIGNALS.append(signal.Signals(got).name))
+    SIGNALS.clear()
     config, _ = load(argv)
     parallel.init_distributed(config)
     run = start(config)  # data, model and optimizers
     last_step = min(run.total_steps, config.max_steps or run.total_steps)
-    run.dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # The lock comes first: a checkpoint that another command is writing looks like a leftover.
         on_rank_zero(lambda: stack.enter_context(lock_directory(run.dir))
@@ -118,39 +108,44 @@ def main(argv: list[str]) -> None:
         lines = run_summary(run.model, run.data, world_size())
         lines["environment"] = ", ".join(f"{k} {v}" for k, v in environment(run).items())
         run.log("\n".join([*notes, *(f"{key:>16}: {value}" for key, value in lines.items())]))
-
-        # A handler only takes a note, which all processes look at together, after the step.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-                signal.signal(number,
-                              lambda got, _: setattr(run, "signal", signal.Signals(got).name))
+                signal.signal(number, signal.getsignal(signal.SIGUSR1))
         # Automatic garbage collection would pause each process at a different step; all would wait.
         gc.disable()
         stack.callback(gc.enable)
-        reader = stack.enter_context(ThreadPoolExecutor(1))
+        reader = stack.enter_context(ThreadPoolExecutor(2))  # of batches, and to hash a chunk
         writer = stack.enter_context(ThreadPoolExecutor(1))
-        bar = stack.enter_context(tqdm(total=last_step, initial=run.step, unit="step",
-                                       dynamic_ncols=True, disable=True if rank() else None))
         run.saved_at = time.monotonic()
-        visit, stop, problem = None, False, ""
+        visit, stop, problem, first_step = None, False, "", run.step
+        verified = reader.submit(verify_chunk, run, run.step)
         upcoming = reader.submit(load_batch, run, run.step)
         while run.step < last_step and not stop:
             began = time.perf_counter()
             if visit is None or run.step == visit.first_step + visit.steps:
-                # A new chunk, in which a flipped bit would go unnoticed. (Amber's chunk of 7 GB
-                # takes some seconds in more than two hours, and is then in the system's memory.)
+                # A new chunk, in which a flipped bit would go unnoticed. Amber's takes about ten
+                # seconds to hash: all but the first have been hashed during the chunk before.
                 visit, _ = step_to_visit(run.schedule, run.step)
-                file = run.data.manifest["chunks"][visit.chunk]
                 try:
-                    on_rank_zero(functools.partial(run.data.verify_file, file))
+                    on_rank_zero(verified.result)
                 except UserError as error:  # in all processes
                     problem = str(error)
                     break
+                verified = reader.submit(verify_chunk, run, visit.first_step + visit.steps)
             batch = upcoming.result()
             # The next one is read while this one is computed; after the last step, for nothing.
             upcoming = reader.submit(load_batch, run, run.step + 1)
             data_s = time.perf_counter() - began
-            record = train_step(run, batch, learning_rate(config, run.step + 1, run.total_steps))
+            lr = learning_rate(config, run.step + 1, run.total_steps)
+            traced = run.step + 1 == config.profile_step and rank() == 0
+            with tracer(run.dir / "trace.json") if traced else contextlib.nullcontext():
+                record = train_step(run, batch, lr)
+            if "nonfinite" in record:  # no update was made; a machine's slip is not there again
+                run.log(f"Step {run.step + 1} is not finite, and is computed once more.")
+                record = train_step(run, batch, lr)
+            if run.step == first_step and run.device.type == "cuda":
+                # All have compiled and connected, and what takes long beside a step is on gloo.
+                parallel.set_timeout(run.mesh, run.device, config.timeout_minutes / 3)
             stop, save_due, writing = run.flags
             nonfinite = record.pop("nonfinite", "")
             if nonfinite and config.on_nonfinite == "stop":
@@ -168,7 +163,7 @@ def main(argv: list[str]) -> None:
                     config.eval_interval and run.step % config.eval_interval == 0):
                 record["valid"], sample = look(run, chunk_done)
             # The line comes before the checkpoint: a step that was saved is never made again.
-            log_step(run, record, last_step, bar, sample)
+            log_step(run, record, last_step, sample)
 
             # All processes have the same flags, so they save and publish at the same steps.
             save_due |= chunk_done or stop or run.step == last_step
@@ -183,15 +178,21 @@ def main(argv: list[str]) -> None:
                 run.saved_at = time.monotonic()
             if run.step % GC_STEPS == 0:
                 gc.collect(1)
-        bar.close()
         finish_save(run)
         if problem:
             raise UserError(problem)
         if stop:
-            run.log(f"{run.signal or 'A signal to another process'}: saved at step {run.step}. To"
-                    f" go on: python train.py {' '.join(argv)}")
+            run.log(f"{', '.join(SIGNALS) or 'A signal to another process'}: saved at step"
+                    f" {run.step}. To go on: python train.py {' '.join(argv)}")
         else:
             run.log(f"Finished: {run.step} steps in {run.dir}.")
+
+
+def tracer(path: Path) -> torch.profiler.profile:
+    """Inside this context the times of all operations are taken; https://ui.perfetto.dev shows
+    the file."""
+    open_ours(path).close()  # in the place of a link, which the profiler would follow
+    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(str(path)))
 
 
 # ---- one optimizer step
@@ -219,6 +220,13 @@ def load_batch(run: Run, step: int) -> Batch:
     return Batch(visit, numbers, run.data.take(visit.chunk, mine))
 
 
+def verify_chunk(run: Run, step: int) -> None:
+    """In process 0, UserError unless the chunk of step `step` (from 0) has its sha256."""
+    if rank() == 0 and step < run.total_steps:
+        visit, _ = step_to_visit(run.schedule, step)
+        run.data.verify_file(run.data.manifest["chunks"][visit.chunk])
+
+
 def train_step(run: Run, batch: Batch, lr: float) -> dict[str, Any]:
     """One update: batch -> micro-batches -> clip -> check -> update. Returns what is logged.
 
@@ -226,28 +234,9 @@ def train_step(run: Run, batch: Batch, lr: float) -> dict[str, Any]:
     is not finite in any process, no process makes the update, and the record has "skipped", and
     "nonfinite", a sentence that names the sequences.
     """
-    c, size, n = run.config, run.config.micro_batch_size, len(batch.sequences)
-    # same_bits adds the gradients of all processes; without it DDP and FSDP average them, and the
-    # processes have equally many sequences.
-    total = c.global_batch_size if c.same_bits else n
-    losses = []
-    # Gradients of the micro-batches add up in .grad, as if they had been one large batch.
-    for first in range(0, n, size):
-        part = batch.sequences[first : first + size]
-        # A chunk keeps ids as uint16 (uint32 for a large vocabulary); PyTorch looks up with int64.
-        ids = torch.from_numpy(part["token_ids"].astype(np.int64))  # (B, T + 1)
-        ids = ids.to(run.device, non_blocking=True)
-        # DDP and HSDP's replicas exchange gradients at the last micro-batch only. FSDP's
-        # reduce-scatter comes after each, or a process would hold gradients of the whole model.
-        last = first + size >= n
-        run.ddp_model.require_backward_grad_sync = last
-        if isinstance(run.model, FSDPModule):
-            run.model.set_requires_all_reduce(last)
-        loss, token_losses = run.ddp_model(ids[:, :-1], ids[:, 1:])  # (), (B, T)
-        (loss * (len(part) / total)).backward()
-        losses.append(token_losses.mean(1))  # (B,), no graph behind them
+    losses = compute_gradients(run, batch)  # (n,)
     grad_norm = clip_gradients(run)  # ()
-    losses, sources, grad_norm = gather_losses(run, batch, torch.cat(losses), grad_norm)
+    losses, sources, grad_norm = gather_losses(run, batch, losses, grad_norm)
 
     # Summed in float64 in batch order: the result does not depend on the number of processes.
     sums = np.bincount(sources, losses, len(run.data.sources))  # (sources,)
@@ -270,6 +259,32 @@ def train_step(run: Run, batch: Batch, lr: float) -> dict[str, Any]:
     return {"loss": loss, "loss_by_source": by_source, "grad_norm": grad_norm, "lr": lr}
 
 
+def compute_gradients(run: Run, batch: Batch) -> Tensor:
+    """Add the gradients of the mean loss of a batch to .grad, a micro-batch at a time; returns the
+    loss of each sequence of this process, (n,)."""
+    c, losses = run.config, []
+    # A chunk keeps ids as uint16 (uint32 for a large vocabulary); PyTorch looks up with int64.
+    ids = torch.from_numpy(batch.sequences["token_ids"].astype(np.int64))  # (n, T + 1)
+    if run.device.type == "cuda":  # from pinned memory, so that the CPU does not wait for the copy
+        ids = ids.pin_memory().to(run.device, non_blocking=True)
+    # same_bits adds the gradients of all processes; without it FSDP averages them, and all have
+    # equally many sequences.
+    total = c.global_batch_size if c.same_bits else len(ids)
+    # Gradients of the micro-batches add up in .grad, as if they had been one large batch.
+    parts = ids.split(c.micro_batch_size)
+    for i, part in enumerate(parts, 1):  # (B, T + 1) each
+        if isinstance(run.model, FSDPModule):
+            # The groups of HSDP and DDP exchange gradients at the last micro-batch only. (Inside a
+            # group it comes after each, or a process would hold gradients of the whole model.) But
+            # what is not exchanged yet adds up in reduce_dtype, and a long sum in bfloat16 is
+            # rounded at each term; what is exchanged adds up in .grad, in float32.
+            run.model.set_requires_all_reduce(i == len(parts) or c.reduce_dtype == "bfloat16")
+        loss, token_losses = run.model(part[:, :-1], part[:, 1:])  # (), (B, T)
+        (loss * (len(part) / total)).backward()
+        losses.append(token_losses.mean(1))  # (B,), no graph behind them
+    return torch.cat(losses)
+
+
 def clip_gradients(run: Run) -> Tensor:
     """Clip the global gradient norm to grad_clip; returns the norm before clipping, ()."""
     parameters, most = [*run.model.parameters()], run.config.grad_clip
@@ -278,10 +293,12 @@ def clip_gradients(run: Run) -> Tensor:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
     # FSDP shards matrices by rows. Sums per row, and the sum of all rows' sums in one order, do not
     # depend on the number of processes.
-    rows = [p.grad.double().square() for p in parameters]
-    rows = [x.sum(1) if x.dim() > 1 else x for x in rows]  # (rows of the parameter,) each
-    rows = [x.full_tensor() if isinstance(x, DTensor) else x for x in rows]
-    norm = torch.cat(rows).sum().sqrt().float()
+    sums = []
+    for p in parameters:  # one at a time: its squares take twice its gradient's memory
+        squares = p.grad.double().square_()
+        rows = squares.sum(1) if squares.dim() > 1 else squares  # (rows of the parameter,)
+        sums.append(rows.full_tensor() if isinstance(rows, DTensor) else rows)
+    norm = torch.cat(sums).sum().sqrt().float()
     for p in parameters:
         p.grad.mul_((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -294,7 +311,7 @@ def gather_losses(run: Run, batch: Batch, losses: Tensor,
     source = torch.from_numpy(batch.sequences["source"].astype(np.float32))
     save_due = 0 < run.config.save_minutes * 60 < time.monotonic() - run.saved_at
     writing = run.saving is not None and not run.saving.share.done()
-    flags = torch.tensor([float(run.signal != ""), float(save_due), float(writing)])
+    flags = torch.tensor([float(len(SIGNALS)), float(save_due), float(writing)])
     # One all_gather for all of it, and one wait of the CPU for the GPU.
     mine = torch.cat([losses, source.to(losses.device), flags.to(losses.device),
                       grad_norm.reshape(1)])  # (2n + 4,)
@@ -319,9 +336,9 @@ def describe_nonfinite(run: Run, batch: Batch, losses: np.ndarray, sources: np.n
     skip = sorted({*run.config.skip_chunks, chunk})
     return (f"Step {step}: loss {losses.mean()}, gradient norm {grad_norm}; the update was not"
             f" made. It was chunk {chunk}; the loss is {where} (python tools/lookup.py {run.dir}"
-            f" --step={step} prints the step). The same command goes on from the newest checkpoint."
-            f" To leave out the chunk, as Amber did, add `skip_chunks = {skip}` to the config; to"
-            ' leave out steps like this one, `on_nonfinite = "skip_step"`.')
+            f" --step={step} prints the step). To leave out the chunk, as Amber did, add"
+            f" `skip_chunks = {skip}` to the config, or `on_nonfinite = \"skip_step\"` to leave out"
+            " such steps; the same command then goes on from the newest checkpoint.")
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
@@ -351,7 +368,7 @@ def data_for(config: Config) -> Data:
         raise UserError(f"{config.data_dir} has {data.n_vocab} token ids in sequences of"
                         f" {data.seq_len}, the model {config.vocab_size} in sequences of"
                         f" {config.seq_len}: set vocab_size and seq_len alike, or prepare again.")
-    check_data_settings(config, data)
+    data.check_settings(config)
     if not data.schedule(config):
         raise UserError(f"There is nothing to train on in {config.data_dir}: no chunk but those in"
                         f" skip_chunks has a step's {config.global_batch_size} sequences.")
@@ -382,9 +399,9 @@ def start(config: Config) -> Run:
         torch.use_deterministic_algorithms(True)
     mesh = parallel.build_device_mesh(config, device.type)
     model = parallel.build_model(config, device, dtype, mesh)
-    ddp_model = parallel.wrap_ddp(model, config, device)
-    return Run(config, data, data.schedule(config), model, ddp_model,
-               make_optimizers(config, model), device)
+    parallel.set_timeout(mesh, device, config.timeout_minutes)
+    return Run(config, data, data.schedule(config), model, make_optimizers(config, model), device,
+               mesh)
 
 
 def resume(run: Run) -> list[str]:
@@ -406,10 +423,11 @@ def resume(run: Run) -> list[str]:
         begin(run, None)
         return [f"Weights from {run.started_from['path']}."] if run.started_from else []
     begin(run, path)
+    run.checkpoints = sound[: sound.index(path) + 1]
 
     def move() -> list[str]:
         # Left where they are, these would be taken for newer ones, or be in the way.
-        newer = [p for p in sound if ckpt.read_manifest(p)["step"] > run.step]
+        newer = sound[len(run.checkpoints):]
         return [f"{p.name} is now {ckpt.set_aside(p).name}." for p in damaged + newer]
 
     return [*notes, f"Resuming {path}, step {run.step}.", *on_rank_zero(move)]
@@ -484,14 +502,12 @@ def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
     steps = [c.sequences_per_chunk // c.global_batch_size] * c.n_chunks
     if data:
         steps = data.steps_per_chunk(c.global_batch_size)
+    lengths = " to ".join(map(str, sorted({min(steps), max(steps)})))  # one if all are alike
     total = min(c.epochs * sum(steps), c.max_steps or math.inf)
     how = f" x {world} processes, {c.parallel} in groups of {parallel.shard_size(c, world)}"
-    default = asdict(Config())
-    given = ", ".join(f"{k} = {v!r}" for k, v in asdict(c).items() if v != default[k])
     return {
-        "settings": f"{given}; the rest as in configs/__init__.py",
         "parameters": f"{model.n_params:,}",
-        "data": f"{c.data_dir}: {len(steps)} chunks of {min(steps)} to {max(steps)} steps"
+        "data": f"{c.data_dir}: {len(steps)} chunks of {lengths} steps"
                 + (f", without {c.skip_chunks}" if c.skip_chunks else ""),
         "tokens per step": f"{c.tokens_per_step:,} = {c.global_batch_size} sequences of"
                            f" {c.seq_len}; {micro_batches(c, world)} micro-batches of"
@@ -505,7 +521,7 @@ def run_summary(model: LLaMA, data: Data | None, world: int) -> dict[str, str]:
 
 
 def look(run: Run, chunk_done: bool) -> tuple[dict[str, Any], str]:
-    """Validation by source and, at the end of a chunk, a sample. No random number is drawn."""
+    """Validation by source and, at the end of a chunk, a sample. No global random state is used."""
     c, sample = run.config, ""
     # Both have other shapes than the step, and no gradients: each would be compiled anew.
     eager = torch.compiler.set_stance("force_eager") if c.compile else contextlib.nullcontext()
@@ -514,21 +530,27 @@ def look(run: Run, chunk_done: bool) -> tuple[dict[str, Any], str]:
                          world_size())
         # All processes generate it, because FSDP gathers the weights from all of them.
         if chunk_done and c.sample_tokens:
-            sample = continue_text(run.model, run.data.tokenizer, c.sample_prompt, c.sample_tokens)
+            # Drawn with the same seed each time: from the likeliest tokens alone it would go in
+            # circles ("of the graph of the graph").
+            sample = continue_text(run.model, run.data.tokenizer, c.sample_prompt, c.sample_tokens,
+                                   temperature=0.8)
     return valid, sample
 
 
-def log_step(run: Run, record: dict[str, Any], last_step: int, bar: tqdm, sample: str) -> None:
-    """Add a line to metrics.jsonl, move the bar and, for some steps, add lines to train.log."""
+def log_step(run: Run, record: dict[str, Any], last_step: int, sample: str) -> None:
+    """Add a line to metrics.jsonl and, for some steps, lines to train.log and the terminal."""
     if rank() == 0:
         ckpt.append_record(run.dir / "metrics.jsonl", record)
     r = dict.fromkeys(("loss", "grad_norm", "lr"), math.nan) | record  # not there if left out
-    bar.update()
-    bar.set_postfix_str(f"loss {r['loss']:.3f}, {r['tokens_per_s']:,} tok/s")
-    # metrics.jsonl has every step; the log has the first few, to see that the run is sound.
-    if run.step <= 3 or "valid" in r:
+    # metrics.jsonl has every step; the log has the first few, to see that the run is sound, those
+    # with a validation, and one in ten seconds.
+    if run.step <= 3 or "valid" in r or time.monotonic() > run.logged_at + 10:
+        run.logged_at = time.monotonic()
+        # By the speed of this step, without validation and saving.
+        left = (last_step - run.step) * run.config.tokens_per_step / max(1, r["tokens_per_s"])
         text = (f"step {run.step}/{last_step}  chunk {r['chunk']}  loss {r['loss']:.4f}  grad norm"
-                f" {r['grad_norm']:.2f}  lr {r['lr']:.2e}  {r['tokens_per_s']:,} tok/s")
+                f" {r['grad_norm']:.2f}  lr {r['lr']:.2e}  {r['tokens_per_s']:,} tok/s"
+                f"  {left / 60:.0f} min left")
         bits = [f"{name} {v['bits_per_byte']:.3f}" for name, v in r.get("valid", {}).items()]
         run.log(text + "  bits per byte: " * bool(bits) + ", ".join(bits))
     if sample:
@@ -536,17 +558,15 @@ def log_step(run: Run, record: dict[str, Any], last_step: int, bar: tqdm, sample
 
 
 def speed(run: Run, seconds: float) -> dict[str, float]:
-    """Tokens per second of a step that took `seconds`; on a GPU also MFU, and peak memory in GB."""
+    """Tokens per second of a step that took `seconds`; on a GPU also the peak of memory in GB."""
     tokens_per_s = run.config.tokens_per_step / seconds
     figures = {"tokens_per_s": round(tokens_per_s)}
     if run.device.type == "cuda":
-        name = torch.cuda.get_device_name(run.device)
-        known = [t for key, t in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)]
-        # Model FLOPs utilization: the model's own FLOPs over the peak of all devices.
-        flops = tokens_per_s * run.model.flops_per_token(run.config.seq_len) / world_size()
-        if peak := run.config.peak_tflops or sum(known[:1]):  # else it is not known
-            figures["mfu"] = round(flops / peak / 1e12, 4)
         figures["memory_gb"] = round(torch.cuda.max_memory_allocated(run.device) / 1e9, 3)
+    if peak := run.config.peak_tflops * 1e12 * world_size():
+        # Model FLOPs utilization: the model's own FLOPs over the peak of all devices.
+        flops = tokens_per_s * run.model.flops_per_token(run.config.seq_len)
+        figures["mfu"] = round(flops / peak, 4)
     return figures
 
 
@@ -591,7 +611,8 @@ def finish_save(run: Run) -> None:
     if saving.path.name.startswith("ckpt_"):
         run.parent = {"checkpoint": saving.path.name, "weights_sha256": weights_sha256}
     # Only now: until the new checkpoint has its name, the old ones are all there is.
-    on_rank_zero(lambda: ckpt.drop_old_checkpoints(run.dir, c.keep_rolling, c.keep_train_state))
+    run.checkpoints = on_rank_zero(lambda: ckpt.drop_old_checkpoints(
+        [*run.checkpoints, saving.path], c.keep_rolling, c.keep_train_state))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     config, flags = load(["configs/amber_tiny.py", "--learning_rate=1e-3"], Flags)
 
-A config file is Python: plain assignments to the names below. The defaults are Amber's (LLM360
+A config file is Python: plain assignments to the names below. Most defaults are Amber's (LLM360
 amber-train main.py and README), so `amber_7b.py` is almost empty. This module does not know torch.
 """
 
@@ -15,13 +15,16 @@ import math
 import os
 import re
 import runpy
+import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, get_args, get_origin
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -114,6 +117,7 @@ class Config(ModelConfig):
 
     # -- prepare_data.py
     sources: dict = field(default_factory=dict)  # {"name": "path or glob of text"}
+    text_field: str = "text,content"  # of .jsonl and .parquet: the first of these that has text
     source_weights: dict = field(default_factory=dict)  # uses of a source: 0.5 = half, 2 = twice
     source_halves: dict = field(default_factory=dict)  # {"name": "even" or "odd" documents}
     max_source_bytes: int = 0  # text taken from each source, bytes; 0 = all of it
@@ -144,6 +148,7 @@ class Config(ModelConfig):
     warmup_offset: int = 1  # added to the steps done; 0 = Amber's, whose first rate is 0
     epochs: int = 1  # passes through all chunks, each shuffled differently
     max_steps: int = 0  # stop after so many optimizer steps, schedule unchanged; 0 = all the data
+    profile_step: int = 0  # RUN_DIR/trace.json gets the times of this step's operations; 0 = none
 
     # -- train.py: optimizer (AdamW)
     adam_beta1: float = 0.9  # decay of the mean gradient
@@ -159,15 +164,15 @@ class Config(ModelConfig):
     compile: bool = False  # torch.compile the blocks; pays for runs longer than a few minutes
     threads: int = 0  # CPU threads of torch; 0 = one per core
     deterministic: bool = False  # on a GPU: same bits in every run, slower; a CPU's are anyway
-    peak_tflops: float = 0.0  # of one device, for MFU; 0 = known by name
+    peak_tflops: float = 0.0  # of one device (A100: 312, H100: 989), for MFU in metrics.jsonl
 
     # -- train.py: many processes (torchrun)
     parallel: Literal["ddp", "fsdp", "hsdp"] = "fsdp"  # hsdp: fsdp in groups, ddp across
     shard_size: int = 0  # hsdp: processes of a group; 0 = those of a node
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between processes
     same_bits: bool = False  # fixed reduction order: same bits for any number of processes; fsdp
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # of a block
-    timeout_minutes: float = 15.0  # a collective that takes so long ends the run
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: only a block's input is kept
+    timeout_minutes: float = 15.0  # longest collective; between GPUs a third, after the first step
 
     # -- train.py: a loss or gradient that is not finite
     on_nonfinite: Literal["stop", "skip_step"] = "stop"  # skip_step leaves out that step's update
@@ -216,26 +221,28 @@ def load(argv: list[str], Flags: type = NoFlags) -> tuple[Config, Any]:
     settings, a comment for each; `flags` is one of these. `-h` prints all of them and exits.
     Raises UserError with the first problem.
     """
-    paths = [word for word in argv if not word.startswith("-")]
+    # f.type is the class int and not the word "int", unless this file imports `annotations`.
+    settings = {f.name: f.type for f in fields(Config)}
+    flags = {f.name: f.type for f in fields(Flags)}
+    paths, given = [], {}
     asks_for_help = "-h" in argv or "--help" in argv
+    for word in argv:
+        key, equals, text = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            paths.append(word)
+        elif word not in ("-h", "--help"):
+            kind = kind_of(key, settings | flags, "command line")
+            if not equals and kind is not bool:
+                raise UserError(f"command line: write --{key}=VALUE, in one word.")
+            given[key] = typed(key, parse(text if equals else "true", kind), kind, "command line")
     if len(paths) != 1 and not (asks_for_help and not paths):
         raise UserError(f"Give one config file or run directory, like configs/amber_tiny.py or"
                         f" runs/amber_tiny: found {' and '.join(paths) or 'none'}. (Settings are"
                         " written --key=value; -h lists them.)")
-    # f.type is the class int and not the word "int", unless this file imports `annotations`.
-    settings = {f.name: f.type for f in fields(Config)}
-    flags = {f.name: f.type for f in fields(Flags)}
     values: dict[str, Any] = {}
     for key, value in (read_config(paths[0]) if paths else {}).items():
         values[key] = typed(key, value, kind_of(key, settings, paths[0]), paths[0])
-    for word in argv:
-        if not word.startswith("-") or word in ("-h", "--help"):
-            continue
-        key, equals, text = word.lstrip("-").partition("=")
-        kind = kind_of(key, settings | flags, "command line")
-        if not equals and kind is not bool:
-            raise UserError(f"command line: write --{key}=VALUE, in one word.")
-        values[key] = typed(key, parse(text if equals else "true", kind), kind, "command line")
+    values |= given
     config = Config(**{key: value for key, value in values.items() if key in settings})
     chosen = Flags(**{key: value for key, value in values.items() if key in flags})
     if paths:  # data and run are found by the config's name unless it names other places
@@ -289,9 +296,12 @@ def kind_of(key: str, kinds: dict[str, Any], where: str) -> Any:
     """The type of a setting; UserError if there is no setting of that name."""
     if key in kinds:
         return kinds[key]
-    near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "-h lists them."
-    raise UserError(f"{where}: there is no setting {key!r}; {hint}")
+    # Three kinds of slip: lr for learning_rate, warmup for warmup_steps, lrate.
+    near = [name for name in kinds if key == "".join(word[0] for word in name.split("_"))]
+    near += [name for name in kinds if key and key in name]
+    near += difflib.get_close_matches(key, kinds, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join([*dict.fromkeys(near)][:2])}? " if near else ""
+    raise UserError(f"{where}: there is no setting {key!r}; {hint}-h lists all of them.")
 
 
 def parse(text: str, kind: Any) -> Any:
@@ -415,6 +425,15 @@ def help_text(config: Config, flags: Any) -> str:
     return "\n".join(lines)
 
 
+def progress(items: Iterable | None, what: str, total: float | None = None, **how: Any) -> tqdm:
+    """A progress bar over items. Where the output is no terminal it is a line every half minute,
+    with the time left; of torchrun's processes the first alone has one."""
+    if not sys.stderr.isatty():
+        how |= {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n",
+                "miniters": 1, "mininterval": 30, "delay": 30}
+    return tqdm(items, what, total, leave=False, disable=os.environ.get("RANK", "0") != "0", **how)
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a stage's `main` on the words of the command line. What a person can act on is printed
     as one sentence, with exit status 1; any other exception keeps its traceback."""
@@ -426,13 +445,22 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        # Not after an error, when other processes may wait in a collective for this one to end.
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on from what was finished.")
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
-        os._exit(1)  # without the flush at Python's exit, which would fail once more
-    except (UserError, OSError) as error:
-        if isinstance(error, UserError):
-            sys.exit(str(error))
-        if not error.filename:
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        # With --max-restarts torchrun would begin again, and come to the same.
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.getppid() > 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename:
+            sys.exit(f"{error.filename}: {error.strerror}.")
+        if error.errno == errno.ENOSPC:
+            print(f"The output cannot be written: {error.strerror}.", file=sys.stderr)
+        elif error.errno != errno.EPIPE:  # else the reader of a pipe, such as `head`, has ended
             raise
-        sys.exit(f"{error.filename}: {error.strerror}.")
+        os._exit(1)  # without the flush at Python's exit, which would fail once more

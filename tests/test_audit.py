@@ -172,7 +172,7 @@ def test_files_and_manifests_that_do_not_fit(exam: Path, copy: Path) -> None:
     found = findings(exam, copy, sequences=0)
     sentences = ("chunk_002.npy differs", "code.npy is missing",
                  "ckpt_005: manifest.json is missing or damaged",
-                 "ckpt_000: train_state/optimizer.safetensors is damaged",
+                 "ckpt_000: train_state/optimizer.safetensors differs",
                  "ckpt_001: step 13 in its manifest is not the end of its chunk",
                  "ckpt_002: it was trained on other data",
                  "ckpt_003: it names another hash of chunk 3",

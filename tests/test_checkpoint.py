@@ -5,14 +5,19 @@ import os
 import pickle
 import re
 import shutil
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import jsonl, words
 from test_model import CRYSTAL, small
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import audit
 import checkpoint as ckpt
@@ -22,7 +27,7 @@ import prepare_data
 import train
 from configs import ModelConfig, UserError, load
 from data import load_data, read_json, sha256_file, sha256_json, write_json
-from model import LLaMA, Norm, continue_text, meta_model
+from model import LLaMA, Norm, continue_text, copy_into_shard, meta_model
 from parallel import build_for_inference
 from tools import convert_crystal
 
@@ -125,6 +130,43 @@ def test_a_model_that_llama_does_not_know_is_not_called_one(argv: list[str],
         write_json(tmp_path / "config.json", ckpt.hugging_face_config(meta_model(config), 3))
         assert read_json(tmp_path / "config.json")["model_type"] == "crystalcoder"
         assert getattr(ckpt.read_network(tmp_path), key) == value
+
+
+# ---- many processes write and read one
+
+
+def test_shares_are_equal_and_no_process_waits_for_the_copies_of_another(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first copy ends when the next tensor has been gathered, in which all take part."""
+    sizes = [1, 6, 2, 3, 6, 1, 2, 3]  # the mean of three processes is 8
+    tensors = {f"t{i}": torch.full((size,), i) for i, size in enumerate(sizes)}
+    gathered, empty, shares = threading.Semaphore(0), torch.empty, []
+
+    def slow(*shape: Any, **how: Any) -> torch.Tensor:
+        assert gathered.acquire(timeout=20) and gathered.acquire(timeout=20)
+        gathered.release()
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch, "empty", slow)
+    monkeypatch.setattr(ckpt, "world_size", lambda: 3)
+    for r in range(3):
+        monkeypatch.setattr(ckpt, "rank", lambda r=r: gathered.release() or r)
+        shares.append(dict(ckpt.copy_to_host(tensors)))
+    assert [sum(map(len, share.values())) for share in shares] == [8, 8, 8]
+    assert same(shares[0] | shares[1] | shares[2], {k: v.float() for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_of_hsdps_replicas_reads(number: int) -> None:
+    """Under a fake group nothing is sent, so what is filled in was read."""
+    dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        weight = DTensor.from_local(torch.zeros(2, 3), mesh, [Replicate(), Shard(0)])
+        copy_into_shard(weight, torch.ones(4, 3))
+        assert (weight.to_local() == (number == 1)).all()
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- we open others'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -46,28 +47,22 @@ def test_file_then_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--sed=3", "command line: there is no setting 'sed'; did you mean 'seed'?"),
-    ("--tokenizer", "command line: write --tokenizer=VALUE, in one word."),
+    ("--sed=3", "command line: there is no setting 'sed'; did you mean seed or init_seed? -h lis"),
+    ("--lr=1e-3", "no setting 'lr'; did you mean learning_rate or lr_schedule?"),
+    ("--lrate=1e-3", "no setting 'lrate'; did you mean fim_rates or learning_rate?"),
+    ("--learning_rate 1e-3", "write --learning_rate=VALUE, in one word."),
     ("--seq_len=abc", "command line: seq_len must be of type int, found 'abc'."),
-    ("--n_chunks=2.5", "n_chunks must be of type int, found 2.5."),
     ("--n_chunks=True", "n_chunks must be of type int, found True."),
-    ("--compile=perhaps", "compile must be of type bool, found 'perhaps'."),
     ("--learning_rate=-1", "learning_rate must be 0 or more and finite, found -1.0."),
     ("--learning_rate=1e999", "learning_rate must be 0 or more and finite, found inf."),
     ("--seq_len=0", "seq_len must be more than 0."),
     ("--min_learning_rate=1", "min_learning_rate must be at most learning_rate (0.003), found 1.0"),
     ("--lr_schedule=cos", "lr_schedule must be one of 'cosine', 'linear', 'constant', found 'cos'"),
     ("--hidden_size=129", "hidden_size must be a multiple of num_attention_heads (2), found 129."),
-    ("--hidden_size=130", "hidden_size must be an even multiple of num_attention_heads (2)"),
-    ("--num_key_value_heads=3", "num_key_value_heads must be a divisor of the 2 query heads"),
-    ("--tokenizer=gpt2", "tokenizer must be 'bpe', 'hf:PATH', 'tiktoken:NAME' or 'data:DIR', fou"),
-    ("--adam_beta2=1", "adam_beta2 must be less than 1, found 1.0."),
-    ("--sources={'a': 3}", "sources must be {'name': 'path or glob'}, 256 at most, found"),
-    ("--source_weights={'a': -1}", "source_weights must be {'name': number from 0 to 1e6}, found"),
     ("--skip_chunks=[10]", "skip_chunks must be a list of chunks, 0 to 9, found [10]."),
 ])
 def test_a_mistake_is_one_sentence(argument: str, words: str) -> None:
-    assert words in refusal(["configs/amber_tiny.py", argument])
+    assert words in refusal(["configs/amber_tiny.py", *re.split(" (?=1)", argument)])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -77,7 +72,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "There is no config file" in refusal([str(tmp_path / "pipe.py")])
     path = write(tmp_path, "hiden_size = 4\n")
     assert refusal([path]) == (f"{path}: there is no setting 'hiden_size'; did you mean"
-                               " 'hidden_size'?")
+                               " hidden_size or base_hidden_size? -h lists all of them.")
     # A mistake in a program is shown by Python itself.
     with pytest.raises(SyntaxError):
         load([write(tmp_path, "a = 1\nb = = 2\n")])

@@ -10,13 +10,13 @@ from helpers import jsonl, words
 from test_prepare_data import prepare
 
 import data as dataset
-from configs import UserError, load
+from configs import UserError
 from data import (
     Data,
     Visit,
-    check_data_settings,
     chunk_schedule,
     load_data,
+    lock_directory,
     read_json,
     sequence_dtype,
     sequence_order,
@@ -44,8 +44,7 @@ def data(made: Path, tmp_path: Path) -> Data:
     return load_data(tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------
-# the order
+# ---- the order
 
 
 # NumPy promises the stream of PCG64, and not that of permutation(): a change must be noticed.
@@ -95,26 +94,17 @@ def test_every_epoch_meets_every_chunk_in_an_order_of_its_own() -> None:
     assert max((first == second).mean(), (first == third).mean(), (second == third).mean()) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------
-# reading
+# ---- reading
 
 
 def test_a_data_set_says_what_it_has(made: Path) -> None:
     data = load_data(made / "out")
-    assert data.sources == ["web", "code"] == data.validation_sources
     assert (data.seq_len, data.n_vocab) == (16, 300) == (16, data.tokenizer.n_vocab)
-    assert data.steps_per_chunk(10) == [len(data.chunk(i)) // 10 for i in range(3)]
-    assert len(data.validation("code")) == 5 and data.verify() == []
     # Ids have two bytes where they fit.
     assert data.chunk(0).dtype == sequence_dtype(16, 300) == sequence_dtype(16, 65536)
     assert sequence_dtype(4, 65537)["token_ids"].base == "<u4"
     assert sequence_dtype(2048, 32000).itemsize == 5 + 2 * 2049
-    taken = data.take(1, [7, 3])
-    assert (taken == data.chunk(1)[[7, 3]]).all()
-    text = data.tokenizer.decode(data.chunk(0)["token_ids"][0])
-    assert text in (made / "web.jsonl").read_text()
-    with pytest.raises(UserError, match="no validation sequences of 'poetry'; it has .* web, code"):
-        data.validation("poetry")
+    assert (data.take(1, [7, 3]) == data.chunk(1)[[7, 3]]).all()
 
 
 def test_damaged_files_are_named(data: Data) -> None:
@@ -155,21 +145,7 @@ def test_no_data_and_no_manifest(data: Data, tmp_path: Path) -> None:
             load_data(data.directory)
 
 
-def test_settings_that_the_data_was_not_made_with_are_refused(made: Path) -> None:
-    data, command = load_data(made / "out"), [str(made / "small.py")]
-    check_data_settings(load([*command, "--seed=3", "--vocab_size=400", "--workers=7",
-                              "--learning_rate=1e-3"])[0], data)
-    config, _ = load([*command, "--seq_len=8", "--source_weights={'code': 1}", "--n_chunks=3"])
-    with pytest.raises(UserError, match=r"{'code': 1} \(the data: {'code': 2}\)") as refused:
-        check_data_settings(config, data)
-    assert "seq_len = 8 (the data: 16)" in str(refused.value)
-    assert "n_chunks" not in str(refused.value)
-    with pytest.raises(UserError, match=r"seed = 3 \(the data: 11111\)"):
-        check_data_settings(load([*command, "--seed=3"])[0], data, may_differ=())
-
-
-# ---------------------------------------------------------------------------------------------
-# files
+# ---- files
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path,
@@ -188,6 +164,10 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path,
     with pytest.raises(OSError) as stopped:
         write_json(path, {"a": 2})
     assert stopped.value.filename == str(path) and read_json(path) == {"a": 1}
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in (tmp_path / "link", tmp_path / "link/below"):
+        with pytest.raises(UserError, match="link is a file, or a link that leads nowhere"):
+            lock_directory(place)
     for damaged in (b"{", b"[1]", b"\xff", b"", b"[" * 100_000):
         path.write_bytes(damaged)
         assert read_json(path) == {}

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from test_train import (
     assert_same_tensors,
     faulty,
     metrics,
-    optimizers,
+    muon,
     run,
     straight,
     tensors,
@@ -70,13 +71,17 @@ def work(file: Path) -> None:
         LLaMA.forward, train.train_step, train.make_optimizers = plain
         if job["fault"]:
             LLaMA.forward, train.train_step = faulty(job["fault"], [9], rank=1, micro=2)
-        if job["optimizers"]:
-            train.make_optimizers = optimizers(job["optimizers"])
+        if job["muon"]:
+            train.make_optimizers = muon()
         try:
             sys.modules[job["stage"]].main(job["argv"])
             ends[name] = ""
         except UserError as end:
             ends[name] = str(end)
+    for group in torch.distributed.distributed_c10d._world.pg_map:  # HSDP's own groups too
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        if timeout != timedelta(minutes=15):
+            ends["a group's timeout"] = str(timeout)
     if parallel.rank() == 0:
         file.with_suffix(".ends").write_text(json.dumps(ends))
     torch.distributed.destroy_process_group()
@@ -88,14 +93,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where, jobs = tmp_path_factory.mktemp("many"), {4: {}, 2: {}}
 
     def job(n: int, name: str, run_dir: str = "", stage: str = "train", fault: str = "",
-            optimizers: str = "", **settings: Any) -> None:
+            muon: bool = False, **settings: Any) -> None:
         words = argv(where / (run_dir or name), **{"micro_batch_size": 4 // n} | settings)
-        jobs[n][name] = {"argv": words, "stage": stage, "fault": fault, "optimizers": optimizers}
+        jobs[n][name] = {"argv": words, "stage": stage, "fault": fault, "muon": muon}
 
     for name in ("resharded", "from_one", "measured"):
         shutil.copytree(straight(), where / name)
         (where / name / "ckpt_002/model.safetensors").write_bytes(b"damaged")
     job(4, "hsdp", parallel="hsdp", shard_size=2, **TIED, max_steps=8)
+    for name, last in (("hsdp parts", 4), ("hsdp parts, on", 8)):
+        job(4, name, "hsdp parts", parallel="hsdp", shard_size=2, **TIED, max_steps=last)
     job(4, "resharded", max_steps=15)
     job(4, "groups of three", parallel="hsdp", shard_size=3)
     for kind, settings in KINDS.items():
@@ -106,11 +113,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job(2, "float32/parts", **SAME_BITS | {"max_steps": 7})
     job(2, "bfloat16/two", **KINDS["bfloat16"])
     job(2, "ddp", parallel="ddp", max_steps=8)
+    shutil.copytree(load(argv(where))[0].data_dir, where / "damaged_data")
+    with open(where / "damaged_data/train/chunk_001.npy", "ab") as f:
+        f.write(b"x")
+    job(2, "damaged", data_dir=where / "damaged_data")
     job(2, "fsdp", max_steps=12)
     job(2, "parts", max_steps=8, save_minutes=1e-9)
-    job(2, "parts, on", "parts", max_steps=12, activation_checkpointing="selective")
+    job(2, "parts, on", "parts", max_steps=12, activation_checkpointing="full")
     job(2, "from_one")
-    job(2, "reduced", parallel="ddp", reduce_dtype="bfloat16", dtype="bfloat16", max_steps=4)
+    for kind in ("fsdp", "hsdp"):
+        job(2, f"reduced {kind}", parallel=kind, shard_size=2, reduce_dtype="bfloat16",
+            dtype="bfloat16", micro_batch_size=1, max_steps=4)
     job(2, "loss", fault="loss")
     job(2, "loss, on", "loss", skip_chunks=[1], max_steps=8)
     job(2, "gradient", parallel="ddp", fault="gradient")
@@ -122,10 +135,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job(2, "replay", "fsdp", stage="audit", replay=1)
     job(2, "eval", "measured", stage="eval", **EVAL)
     job(2, "memorize", "measured", stage="memorize", **GRID)
-    for kind in ("sgd", "muon"):
-        job(2, kind, optimizers=kind, max_steps=4)
-        job(2, f"{kind} parts", optimizers=kind, max_steps=2)
-        job(2, f"{kind} parts, on", f"{kind} parts", optimizers=kind, max_steps=4)
+    for name, run_dir, last in (("muon", "", 4), ("muon parts", "", 2),
+                                ("muon parts, on", "muon parts", 4)):
+        job(2, name, run_dir, muon=True, max_steps=last)
     launch(2, where, jobs[2])
     return where
 
@@ -142,7 +154,8 @@ def assert_close_run(a: Path, b: Path, steps: int) -> None:
 
 def test_nothing_ended_but_what_should(runs: Path) -> None:
     wrong = {name: end for name, end in ENDED.items() if end}
-    assert wrong.keys() == {"groups of three", "other sums", "loss", "gradient"}
+    assert wrong.keys() == {"groups of three", "other sums", "damaged", "loss", "gradient"}
+    assert "chunk_001.npy differs" in wrong["damaged"] and len(metrics(runs / "damaged")) == 6
     assert "cannot be divided into groups of 3" in wrong["groups of three"]
     assert "parallel must be 'fsdp' with same_bits" in wrong["other sums"]
 
@@ -151,8 +164,10 @@ def test_two_and_four_processes_train_the_run_of_one(runs: Path) -> None:
     for name, steps in (("ddp", 8), ("fsdp", 12), ("from_one", 18), ("resharded", 15)):
         assert_close_run(straight(), runs / name, steps)
     assert_close_run(run(runs / "tied", **TIED, max_steps=8), runs / "hsdp", 8)
-    assert [r["loss"] for r in metrics(runs / "reduced")] == pytest.approx(
+    assert [r["loss"] for r in metrics(runs / "reduced hsdp")] == pytest.approx(
         [r["loss"] for r in metrics(straight())][:4], rel=2e-2)
+    # One group of all processes is FSDP, whatever the type in which gradients add up.
+    assert_same_run(runs / "reduced fsdp", runs / "reduced hsdp")
     # A checkpoint of two processes goes on in one, without a process group.
     shutil.copytree(runs / "fsdp", runs / "in_one")
     shutil.rmtree(runs / "in_one/ckpt_001")
@@ -161,28 +176,29 @@ def test_two_and_four_processes_train_the_run_of_one(runs: Path) -> None:
 
 def test_two_processes_stop_and_go_on(runs: Path) -> None:
     assert_same_run(runs / "fsdp", runs / "parts")
+    assert_same_run(runs / "hsdp", runs / "hsdp parts")
+    assert_same_tensors(*(runs / name / "step_0000008" for name in ("hsdp", "hsdp parts")))
     assert (runs / "signal/step_0000009").exists()
     assert_same_run(runs / "fsdp", runs / "signal")
 
 
 def test_weights_and_moments_are_saved_in_float32(runs: Path) -> None:
-    saved = tensors(runs / "reduced/step_0000004")
+    saved = tensors(runs / "reduced hsdp/step_0000004")
     assert len(saved) > 60 and {v.dtype for v in saved.values()} == {torch.float32}
     # ... and carry more than bfloat16 can: a save that rounded on the way would pass the line above
     weight = saved["lm_head.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("kind, n_moments", [("sgd", 21), ("muon", 14)])
-def test_sharded_state_of_any_optimizer_resumes(runs: Path, kind: str, n_moments: int) -> None:
-    last = runs / kind / "step_0000004"
-    assert_same_run(runs / kind, runs / f"{kind} parts")
-    assert_same_tensors(last, runs / f"{kind} parts/step_0000004")
+def test_sharded_state_of_any_optimizer_resumes(runs: Path) -> None:
+    last = runs / "muon/step_0000004"
+    assert_same_run(runs / "muon", runs / "muon parts")
+    assert_same_tensors(last, runs / "muon parts/step_0000004")
     names = set(ckpt.read_manifest(last)["tensors"])
-    assert sum(name.endswith("momentum_buffer") for name in names) == n_moments
-    assert sum(name.endswith(".step") for name in names) == (kind == "muon")  # saved once
+    assert sum(name.endswith("momentum_buffer") for name in names) == 14
+    assert sum(name.endswith(".step") for name in names) == 1  # of AdamW, saved once
     with pytest.raises(UserError, match="trained with optimizers = .*, now .'AdamW'"):
-        run(runs / kind)
+        run(runs / "muon")
 
 
 def test_nan_in_one_process_stops_all_before_the_update(runs: Path) -> None:
@@ -280,6 +296,11 @@ def test_two_nodes_survive_what_fails(runs: Path, tmp_path: Path) -> None:
             node.kill()
     assert any("Resuming" in node.output.read_text() for node in started)
     assert_same_run(runs / "fsdp", tmp_path / "run")
+    # What a person typed wrong is not tried again.
+    typed = Script(tmp_path / "torchrun.py", "--nproc_per_node=2", "--max-restarts=9", "train.py",
+                   *argv(tmp_path / "run", lrate=3), OMP_NUM_THREADS=1)
+    text, _ = typed.communicate(timeout=LONG)
+    assert typed.returncode == 1 and 1 <= text.count("there is no setting 'lrate'") <= 2
 
 
 def test_nobody_waits_for_ever_for_a_process(tmp_path: Path) -> None:

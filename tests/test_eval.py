@@ -207,21 +207,6 @@ def test_the_same_numbers_as_the_harness(quiz: Path, run: Path, net: LLaMA,
     assert row["acc_se"] == pytest.approx(pooled_sample_stderr(se, n), abs=1e-9)
 
 
-def test_each_checkpoint_is_measured_once(quiz: Path, run: Path,
-                                          capsys: pytest.CaptureFixture) -> None:
-    evaluation.main(argv(quiz, run, checkpoints="0"))
-    first = (run / "eval.jsonl").read_text().splitlines()
-    (run / "eval.jsonl").write_text(first[0] + '\n{"checkpoint": "ckpt_0')  # killed
-    evaluation.main(argv(quiz, run))
-    text, results = capsys.readouterr().out, ckpt.read_records(run / "eval.jsonl")
-    names = [(r["checkpoint"], r["evaluation"]) for r in results]
-    assert len(names) == len(set(names)) == 4  # two checkpoints, validation and recall
-    assert text.count("validation text: loss") == 2 and "recall: acc" in text
-    losses = [r["result"]["text"]["loss"] for r in results if r["evaluation"] == "validation"]
-    logged = ckpt.read_records(run / "metrics.jsonl")[-1]["valid"]["text"]["loss"]
-    assert losses[-1] == pytest.approx(logged, rel=1e-5)
-
-
 def test_sharing_changes_no_score(net: LLaMA, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "MIN_SHARED", 0.0)  # whatever is common is shared
     monkeypatch.setattr(net.config, "logit_scale", 3.0)  # as Crystal has one
@@ -260,6 +245,13 @@ def test_a_text_is_scored_token_by_token(quiz: Path, run: Path, net: LLaMA, tmp_
     assert record["result"]["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
     assert record["result"]["bits_per_byte"] == pytest.approx(
         nats / np.log(2) / len(text.encode()))
+
+
+def test_weights_that_are_not_finite_give_no_score(quiz: Path, net: LLaMA,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = evaluation.synthetic_questions(load_data(quiz / "data"), "recall")
+    monkeypatch.setattr(net.lm_head.weight, "data", net.lm_head.weight * np.nan)
+    assert np.isnan(evaluation.score_questions(net, questions, "acc", 8)["acc"])
 
 
 def test_synthetic_questions_are_what_they_say(quiz: Path) -> None:

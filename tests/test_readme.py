@@ -1,4 +1,4 @@
-"""The runnable commands of README and docs run, and README's line counts are right.
+"""What README and docs mark as runnable runs, and README's line counts are right.
 
     python tests/test_readme.py        # writes the right counts into README.md
 """
@@ -17,13 +17,11 @@ ROW = re.compile(r"^\| `([\w/.]+\.py)` \| (\d+) \|", re.MULTILINE)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> list[str]:
-    """The lines of the blocks that are marked ```sh test, README's first."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```sh test\n(.*?)^```", page.read_text(), re.M | re.S):
-            found += [line for line in block.splitlines() if line not in found]
-    return found
+def blocks() -> list[tuple[str, str]]:
+    """(name, content) of the blocks that are marked ```sh test or ```python NAME.py, README's
+    first."""
+    text = "".join(page.read_text() for page in PAGES)
+    return re.findall(r"^```(?:sh|python) (test|\S+\.py)\n(.*?)^```", text, re.M | re.S)
 
 
 def lines(name: str) -> int:
@@ -38,19 +36,27 @@ def test_line_counts() -> None:
 
 def test_commands(tmp_path: Path) -> None:
     """Verbatim, one after the other, in a fresh copy whose tiny config is made tinier."""
-    assert len(commands()) >= 8
-    for name in ("configs", "kernels", "tools"):
+    for name in ("configs", "docs", "kernels", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy(file, tmp_path)
     with open(tmp_path / "configs/amber_tiny.py", "a") as f:
         f.write("n_chunks, sequences_per_chunk, valid_sequences, sample_tokens = 2, 32, 4, 4\n")
-    for command in commands():
-        words = shlex.split(command, comments=True)
-        assert words[0] == "python"
-        process = Script(*words[1:], cwd=tmp_path)
-        text, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and text.strip(), f"{command}\n{text}"
+    commands = []
+    for name, block in blocks():
+        lines = block.splitlines()
+        if name != "test":
+            (tmp_path / name).write_text(block)
+            lines = [f"python {name}"] if "import torch" in block else []  # else it is a config
+        for command in lines:
+            words = shlex.split(command, comments=True)
+            assert words[0] == "python"
+            if command not in commands:
+                process = Script(*words[1:], cwd=tmp_path)
+                text, _ = process.communicate(timeout=120)
+                assert process.returncode == 0 and text.strip(), f"{command}\n{text}"
+                commands.append(command)
+    assert len(commands) >= 18
 
 
 def test_readme_can_be_read_in_a_sitting() -> None:
@@ -64,7 +70,7 @@ def test_what_is_named_is_there() -> None:
     for link in re.findall(r"\]\((docs/[\w./]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
     for name in set(re.findall(r"(?:python|torchrun) ([\w/]+\.py)|(configs/\w+\.py)", text)):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+        assert (ROOT / "".join(name)).exists() or name[0] in dict(blocks()), name
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
 import csv
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers import ROOT, jsonl, sentences
-from test_train import CONFIG
+from helpers import ROOT
+from test_train import home as mini
+from test_train import straight
 
 import eval as evaluation
 import memorize
-import prepare_data
 import train
 from checkpoint import read_records, write_records
 from configs import UserError, load
@@ -26,12 +27,11 @@ from tools import bands, check, compare, report
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config, its data, and a run of it that is evaluated."""
     home = tmp_path_factory.mktemp("home")
-    sources = {name: jsonl(home / f"{name}.jsonl", [sentences(10 * k + i, 25) for i in range(20)])
-               for k, name in enumerate(("prose", "code"))}
-    places = {"sources": sources, "data_dir": str(home / "data"), "run_dir": str(home / "run")}
-    (home / "mini.py").write_text(CONFIG + "\n".join(f"{k} = {v!r}" for k, v in places.items()))
-    for stage in (prepare_data, train, evaluation):
-        stage.main([str(home / "mini.py")])
+    shutil.copytree(straight(), home / "run")
+    text = (mini() / "mini.py").read_text() + f"run_dir = {str(home / 'run')!r}\n"
+    (home / "mini.py").write_text(text)
+    (home / "data").symlink_to(mini() / "data")
+    evaluation.main([str(home / "mini.py")])
     return home
 
 

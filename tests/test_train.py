@@ -3,19 +3,24 @@
 import functools
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import sys
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import jsonl, sentences
-from launch import Script, outputs
+from launch import ROOT, Script, outputs
 from torch import nn
 from torch.distributed import HashStore
 
@@ -26,7 +31,7 @@ import parallel
 import prepare_data
 import train
 from configs import Config, UserError, load
-from data import load_data, lock_directory, step_sequences
+from data import Data, load_data, lock_directory, read_json, step_sequences
 from model import LLaMA
 
 # 3 chunks of 6 steps of 8 sequences; the text is made up, the same on every machine.
@@ -103,6 +108,8 @@ def assert_same_run(a: Path, b: Path) -> None:
                for p in (a, b)]
     assert records[0] == records[1]
     assert [r["step"] for r in records[0]] == list(range(1, len(records[0]) + 1))
+    logs = [(path / "train.log").read_text().splitlines() for path in (a, b)]
+    assert len({tuple(dict.fromkeys(x for x in log if "sample: " in x)) for log in logs}) == 1
 
 
 def background(run_dir: Path, until: int = 0, **settings: Any) -> Script:
@@ -174,7 +181,7 @@ def test_compile_makes_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.compiler.reset()
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        run(tmp_path / "run", compile=True, activation_checkpointing="selective", max_steps=6)
+        run(tmp_path / "run", compile=True, activation_checkpointing="full", max_steps=6)
     finally:
         torch.distributed.destroy_process_group()
     assert counter.frame_count == 1
@@ -182,17 +189,29 @@ def test_compile_makes_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def optimizers(kind: str) -> Any:
-    """make_optimizers of train.py, for another optimizer."""
-    def make(config: Config, model: LLaMA) -> list[torch.optim.Optimizer]:
-        if kind == "sgd":
-            return [torch.optim.SGD(model.parameter_groups(), momentum=0.9, dampening=0.1)]
-        matrices, others = [], []
-        for name, p in model.named_parameters():
-            (matrices if name.endswith("proj.weight") else others).append(p)
-        return [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
+def documented(word: str) -> str:
+    """The code in docs/scale.md that has a word."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "docs/scale.md").read_text(), re.M)
+    [code] = [block for block in blocks if word in block]
+    return textwrap.dedent(code)
 
-    return make
+
+def muon() -> Any:
+    """The make_optimizers of docs/scale.md: Muon and AdamW."""
+    names = {"torch": torch, "Config": Config, "LLaMA": LLaMA}
+    exec(documented("def make_optimizers"), names)
+    return names["make_optimizers"]
+
+
+def test_a_logger_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[dict] = []
+    logger = SimpleNamespace(init=lambda **_: SimpleNamespace(log=lambda r, step: got.append(r)))
+    monkeypatch.setitem(sys.modules, "wandb", logger)
+    monkeypatch.setattr(sys, "stdin", (straight() / "metrics.jsonl").open())
+    exec(documented("import json, sys, wandb"), {})
+    record = metrics(straight())[-1]
+    assert len(got) == STEPS and got[-1]["loss"] == record["loss"]
+    assert got[-1]["valid/code/bits_per_byte"] == record["valid"]["code"]["bits_per_byte"]
 
 
 # ---- interrupted
@@ -236,7 +255,8 @@ def test_two_epochs_read_everything_twice_and_resume(tmp_path: Path) -> None:
 
 def faulty(where: str, steps: list[int], rank: int = 0, micro: int = 1) -> tuple[Any, Any]:
     """LLaMA.forward and train_step in which one micro-batch of these steps (from 1) in one process
-    makes the loss or its gradient NaN, as data that always gives one would, or gets a signal."""
+    makes the loss or its gradient NaN, as data that always gives one would (or once, for "slip"),
+    or gets a signal."""
     plain, train_step, now = LLaMA.forward, train.train_step, {}
 
     def counted(run: train.Run, *rest: Any) -> dict[str, Any]:
@@ -257,6 +277,8 @@ def faulty(where: str, steps: list[int], rank: int = 0, micro: int = 1) -> tuple
             loss.register_hook(lambda gradient: gradient * torch.nan)
         else:
             token_losses[0], loss = torch.nan, loss * torch.nan
+            if where == "slip":
+                steps.clear()
         return loss, token_losses
 
     return forward, counted
@@ -281,7 +303,10 @@ def test_a_chunk_that_gives_nan_is_left_out_and_made_up_for(
     assert [r["chunk"] for r in records] == [0] * 6 + [2] * 6 + [0] * 6
     assert [p.name for p in ckpt.list_checkpoints(tmp_path / "run")] == [
         "ckpt_000", "ckpt_002", "ckpt_003"]
+    for owner, name, new in zip((LLaMA, train), ("forward", "train_step"), faulty("slip", [8])):
+        monkeypatch.setattr(owner, name, new)
     run(tmp_path / "again", skip_chunks=[1])
+    assert "Step 8 is not finite, and is computed once more." in capsys.readouterr().out
     assert_same_run(tmp_path / "run", tmp_path / "again")
     with pytest.raises(UserError, match=r"no usable checkpoint.*skip_chunks = \[1\], now \[0\]"):
         run(tmp_path / "again", skip_chunks=[0])
@@ -311,12 +336,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_run(straight(), copy)
 
 
-def test_a_chunk_with_a_flipped_bit_is_not_trained_on(tmp_path: Path) -> None:
+def test_a_chunk_with_a_flipped_bit_is_not_trained_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hashed during the chunk before: the last step of chunk 0 waits for that."""
     shutil.copytree(home() / "data", tmp_path / "data")
+    begun, verify, step = threading.Event(), Data.verify_file, train.train_step
+    monkeypatch.setattr(Data, "verify_file", lambda data, file: (
+        file["file"] == "train/chunk_001.npy" and begun.set()) or verify(data, file))
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        run.step != 5 or begun.wait(20)) and step(run, *rest))
     flip(tmp_path / "data/train/chunk_001.npy")
     with pytest.raises(UserError, match="chunk_001.npy"):
         run(tmp_path / "run", data_dir=tmp_path / "data")
     assert metrics(tmp_path / "run")[-1]["step"] == 6  # chunk 0 is done, and saved
+    monkeypatch.undo()
     shutil.copy(home() / "data/train/chunk_001.npy", tmp_path / "data/train")
     run(tmp_path / "run", data_dir=tmp_path / "data")
     assert_same_run(tmp_path / "run", straight())
@@ -350,8 +383,11 @@ def test_saving_and_validating_at_every_step_changes_nothing(tmp_path: Path) -> 
     (tmp_path / "run/ckpt_000.tmp/train_state").mkdir(parents=True)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "run/ckpt_001.tmp").symlink_to(tmp_path / "thesis")
+    (tmp_path / "run/trace.json").symlink_to(tmp_path / "nothing")
     run(tmp_path / "run", save_minutes=1e-9, keep_train_state=2, keep_rolling=2,
-        eval_interval=1, eval_sequences=3, sample_tokens=9)
+        eval_interval=1, eval_sequences=3, sample_tokens=9, profile_step=5)
+    assert read_json(tmp_path / "run/trace.json")["traceEvents"]
+    assert not (tmp_path / "nothing").exists()
     names = [p.name for p in ckpt.list_checkpoints(tmp_path / "run")]
     assert names == ["ckpt_000", "ckpt_001", "step_0000016", "step_0000017", "ckpt_002"]
     has_state = [(tmp_path / "run" / n / "train_state").exists() for n in names]
@@ -369,7 +405,8 @@ def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(
     for settings, sentence in (
             ({"seed": 3, "max_steps": 99}, "trained with seed = 11111, now 3"),
             ({"hidden_size": 64, "max_steps": 99}, "trained with hidden_size = 32, now 64"),
-            ({"micro_batch_size": 3}, r"global_batch_size \(8\) must be a multiple of"),
+            ({"micro_batch_size": 3}, r"global_batch_size \(8\) must be a multiple of .*"
+             "micro_batch_size=1 would do"),
             ({"num_hidden_layers": 10, "hidden_size": 65536}, r"needs [\d,.]+ GB here .* GB")):
         with pytest.raises(UserError, match=sentence):
             run(straight(), **settings)

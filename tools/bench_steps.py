@@ -45,7 +45,7 @@ def start(config: Config) -> tuple[train.Run, train.Batch]:
         # init_weights draws on the CPU, a minute for numbers that do not matter here.
         if p.dim() > 1:
             p.data.normal_(std=config.initializer_range)
-    run = train.Run(config, SimpleNamespace(sources=["random"]), [], model, model,
+    run = train.Run(config, SimpleNamespace(sources=["random"]), [], model,
                     train.make_optimizers(config, model), device)
     n = config.global_batch_size
     sequences = np.zeros(n, sequence_dtype(config.seq_len, config.vocab_size))

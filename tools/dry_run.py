@@ -5,10 +5,13 @@
 The real model is wrapped and run as train.py does it, on FakeTensors, which have no storage.
 """
 
+import bisect
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
@@ -39,6 +42,7 @@ class Flags:
     """What this tool takes beside the settings."""
 
     world_size: int = 1  # GPUs
+    gpu_gb: float = 80.0  # memory of a GPU
     mfu: float = 0.357  # model FLOPs utilization, a guess: Amber's
 
 
@@ -53,14 +57,9 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
             model = parallel.build_model(eager, cpu, dtype, mesh)
             [optimizer] = train.make_optimizers(config, model)
             ids = torch.zeros(config.micro_batch_size, config.seq_len, dtype=torch.int64)
-
-            def forward_backward() -> None:
-                loss, _ = model(ids, ids)
-                loss.backward()
-
             # One step before the tracker looks, so that AdamW's state is there: the tracker counts
             # sharded optimizer steps at their unsharded size.
-            forward_backward()
+            model(ids, ids)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
             if mesh:
@@ -72,7 +71,9 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
                 # Two micro-batches are enough: the second meets the gradients of the first.
                 for _ in range(min(2, parallel.micro_batches(config, world))):
                     tracker.reset_mod_stats()
-                    forward_backward()
+                    model(ids, ids)[0].backward()
+                if not mesh:  # of a sharded gradient, too, it counts the unsharded size
+                    train.clip_gradients(SimpleNamespace(model=model, config=config))
     finally:
         dist.destroy_process_group()
     memory = dict.fromkeys(KINDS.values(), 0.0)
@@ -84,7 +85,7 @@ def measure_memory(config: Config, dtype: torch.dtype, world: int) -> dict[str, 
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
-    world, mfu = flags.world_size, flags.mfu
+    world, kept = flags.world_size, config.keep_train_state or config.n_chunks
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     backend = config.kernels
     if backend == "auto":  # what it comes to on a GPU
@@ -93,29 +94,41 @@ def main(argv: list[str]) -> None:
     model = meta_model(config)
     lines = train.run_summary(model, None, world)
     peak, per_token = config.peak_tflops or 312, model.flops_per_token(config.seq_len)
-    tokens_per_s = mfu * peak * 1e12 * world / per_token
+    tokens_per_s = flags.mfu * peak * 1e12 * world / per_token
     steps = int(lines["steps"].split(" ")[0].replace(",", ""))
     hours = steps * config.tokens_per_step / tokens_per_s / 3600
-    six_n = mfu * 6 * model.n_params / per_token
     weights = 4e-9 * model.n_params  # GB
-    kept = config.keep_train_state or config.n_chunks
     lines |= {
         "time": f"{hours / 24:.1f} days, {hours * world:,.0f} GPU hours at {tokens_per_s:,.0f}"
-                f" tokens/s, if MFU is {mfu:.1%} ({six_n:.1%} by 6 FLOPs a parameter) of {peak:g}"
-                " TFLOP/s (--mfu=, --peak_tflops=)",
-        "checkpoint": f"{weights:.1f} GB of weights, {2 * weights:.1f} GB of optimizer state;"
-                      f" {3 * weights / world:.2f} GB of host memory per process while it is"
-                      " written",
+                f" tokens/s, if MFU is {flags.mfu:.1%} of {peak:g} TFLOP/s (--mfu=)",
+        "checkpoint": f"{weights:.1f} GB of weights, {2 * weights:.1f} GB of optimizer state; while"
+                      f" it is written {3 * weights / world:.2f} GB of host memory per process",
         "all checkpoints": f"{(config.n_chunks + 2 * kept) * weights / 1e3:.2f} TB:"
                            f" {config.n_chunks}, {kept} of them with optimizer state",
     }
     for key, value in lines.items():
         print(f"{key:>16}: {value}")
-    print(f"\n{'GB per GPU at the peak':>30}")
+    print(f"\nGB per GPU at the peak ({str(dtype)[6:]}, {backend} kernels)")
     memory = measure_memory(config, dtype, world)
-    for kind, n_bytes in {**memory, "in all": sum(memory.values())}.items():
+    for kind, n_bytes in {**memory, "in all": (total := sum(memory.values()))}.items():
         print(f"{kind:>30} {n_bytes / 1e9:9.2f}")
-    print(f"({str(dtype)[6:]}, {backend} kernels)")
+    most = flags.gpu_gb * 1e9 - 2e9
+    print(f"\nThis {'fits' if total <= most else 'does not fit'} {flags.gpu_gb:g} GB, of which"
+          " PyTorch and CUDA take 2. The fastest that does:", flush=True)
+    sizes = [n for n in range(1, 33) if config.global_batch_size // world % n == 0]
+
+    def peak(kind: str, size: int) -> float:
+        other = dataclasses.replace(config, activation_checkpointing=kind, micro_batch_size=size)
+        return sum(measure_memory(other, dtype, world).values())
+
+    for kind in ("none", "full"):  # the less is computed again, the faster
+        # The larger a micro-batch, the more memory and the faster.
+        if n_fit := bisect.bisect_right(sizes, most, key=functools.partial(peak, kind)):
+            size = sizes[n_fit - 1]
+            print(f"  --activation_checkpointing={kind} --micro_batch_size={size} --compile=true")
+            break
+    else:
+        print("  none: take more GPUs, and --parallel=fsdp, which shares out the most.")
 
 
 if __name__ == "__main__":

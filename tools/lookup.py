@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint as ckpt
 import train
-from configs import Config, UserError, load, regular, run_command, with_recorded
+from configs import Config, UserError, load, progress, regular, run_command, with_recorded
 from data import Data, Visit, load_data, read_json, step_sequences, step_to_visit
 from model import LLaMA
 from parallel import build_for_inference
@@ -147,8 +146,7 @@ def find_places(data: Data, text: bytes, limit: int) -> tuple[list[Place], int]:
     places, total = [], 0
     # One piece more, for ids that the tokenizer does not have: a byte that UTF-8 never has.
     pieces = [data.tokenizer.pieces.get(i, b"\xff") for i in range(data.n_vocab + 1)]
-    files = tqdm(data.manifest["chunks"], unit="chunk", leave=False, disable=None)
-    for c, file in enumerate(files):
+    for c, file in enumerate(progress(data.manifest["chunks"], "chunks")):
         chunk = data.verified(file)["token_ids"]
         for at in range(0, len(chunk), BLOCK):
             block = np.minimum(chunk[at : at + BLOCK], data.n_vocab).tolist()
