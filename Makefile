@@ -19,7 +19,7 @@ run: .venv/run.installed
 	@$(PY) train.py $(CONFIG)
 	@$(PY) eval.py $(CONFIG)
 	@$(PY) memorize.py $(CONFIG) --sequences=100
-	@$(PY) audit.py $(CONFIG) --sequences=32
+	@$(PY) audit.py $(CONFIG) --sequences=16
 	@$(PY) tools/report.py $(CONFIG)
 
 crystal: .venv/run.installed
@@ -52,8 +52,6 @@ ablation: .venv/run.installed
 .venv/%.installed: | .venv/bin/python
 	@echo "Installing $< into .venv (a minute or two) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r $<
-	@# for the pictures of tools/report.py; no stage needs it
-	@$(PY) -m pip install --quiet --disable-pip-version-check matplotlib==3.11.2
 	@touch $@
 
 .venv/bin/python:

@@ -238,8 +238,7 @@ def check_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
         theirs = open_tokenizer(path)
         ids = [each.encode(PROBE).tolist() for each in (theirs, tokenizer)]
         if ids[0] != ids[1] or theirs.pieces != tokenizer.pieces:
-            raise UserError("The data (or, for --text, the first checkpoint) was made with another"
-                            f" tokenizer than {path} has.")
+            raise UserError(f"The data was made with another tokenizer than {path} has.")
 
 
 # ---- reading a checkpoint
@@ -635,10 +634,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluations: list[Evaluation],
-                         tokenizer: Tokenizer, again: bool = False) -> list[dict[str, Any]]:
+                         tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The result of every evaluation of every checkpoint, in that order. Each is a line of `file`,
-    and is measured only once, unless `again`. A checkpoint that cannot be loaded, or whose ids are
-    not the tokenizer's, is named and left out. torchrun's processes share the work."""
+    and is measured only once. A checkpoint that cannot be loaded, or whose ids are not the
+    tokenizer's, is named and left out. torchrun's processes share the work."""
     # A process waits at the end for the slowest. If one dies, torchrun ends the others.
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=1))
@@ -662,11 +661,11 @@ def evaluate_checkpoints(file: Path, model: LLaMA, paths: list[Path], evaluation
                    "inputs": e.inputs}
             requests.append((path, e, json.dumps(key), line | {"evaluation": e.name, "of": key}))
     # Process 0 reads for all: the file grows as soon as one process has begun.
-    results = on_rank_zero(lambda: {} if again else cached_results(file))
+    results = on_rank_zero(lambda: cached_results(file))
     todo = [request for request in requests if request[2] not in results]
     if rank() == 0 and len(todo) < len(requests):
         tqdm.write(f"{len(requests) - len(todo)} results were measured before, and are those of"
-                   f" {file} (--again=true measures anew).")
+                   f" {file} (without that file they are measured anew).")
     # Neighbours in this list share a checkpoint, and to load one is expensive.
     begin, end = (len(todo) * r // world_size() for r in (rank(), rank() + 1))
     measured, mine = {}, configs.progress(todo[begin:end], file.stem)

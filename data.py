@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from configs import Config, UserError, open_ours, read_regular, regular
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, open_tokenizer
 
 FORMAT = 3  # of the manifest and of the files that it lists; any other is refused
 # The settings that decide the bytes of a data set. Its manifest records their values.
@@ -92,10 +92,11 @@ class Data:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the data; UserError if its files were changed."""
-        try:
-            return load_tokenizer(self.directory, self.manifest["tokenizer"])
-        except (OSError, ValueError) as error:
-            raise UserError(f"The tokenizer of {self.directory} cannot be read: {error}.")
+        self.verify_file(self.manifest["tokenizer"])
+        tokenizer = open_tokenizer(self.directory)
+        if tokenizer.entry != self.manifest["tokenizer"]:  # tokenizer_config.json was changed
+            raise UserError(f"The tokenizer of {self.directory} is not as its manifest says.")
+        return tokenizer
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -2,7 +2,6 @@
 
     python eval.py configs/amber_tiny.py                       # all that is not measured yet
     python eval.py configs/amber_tiny.py --checkpoints=last    # or =7, =0,4,9, or a path
-    python eval.py configs/amber_tiny.py --text=model.py       # perplexity of any text
     python eval.py configs/amber_tiny.py --prompt="def main("  # text from the newest checkpoint
     torchrun --nproc_per_node=8 eval.py configs/amber_7b.py    # the work is shared
 
@@ -27,10 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoint as ckpt
 import kernels
 from configs import Config, UserError, load, progress, read_regular, run_command
-from data import Data, load_data, sha256_file, sha256_json
+from data import Data, load_data, sha256_file
 from model import KVCache, LLaMA, continue_text
 from parallel import all_gather_object, build_for_inference, rank
-from tokenizer import Tokenizer, open_tokenizer, replace_invalid_utf8
+from tokenizer import Tokenizer, open_tokenizer
 
 MIN_SHARED = 0.1  # read a shared prefix once only if that saves this fraction of a batch's tokens
 
@@ -40,9 +39,6 @@ class Flags:
     """What eval.py takes beside the settings."""
 
     checkpoints: str = "all"  # "last", "7", "0,4,9" or paths; "all" = one per chunk
-    text: str = ""  # a text file: its perplexity, and nothing else
-    again: bool = False  # measure anew what eval.jsonl has
-    stride: int = 0  # tokens scored per window of --text; 0 = half a window
     sequences: int = 1000  # validation sequences of each source; 0 = all
     batch: int = 32  # sequences in memory at a time
     prompt: str = ""  # continue this text with the last of them, and nothing else
@@ -392,34 +388,6 @@ def score_questions(model: LLaMA, questions: list[Question], metric: str,
     return result
 
 
-def text_evaluation(config: Config, tokenizer: Tokenizer, flags: Flags) -> ckpt.Evaluation:
-    """Loss and bits per byte of the text of --text, read after an end of document."""
-    window = config.seq_len
-    stride = flags.stride or max(1, window // 2)
-    if stride > window:
-        raise UserError(f"--stride={stride} is more than the window of {window} tokens (seq_len).")
-    # Invalid bytes become lone surrogates, which replace_invalid_utf8 knows.
-    text = read_regular(flags.text).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    text = replace_invalid_utf8(text)
-    if not text:
-        raise UserError(f"--text={flags.text} is empty.")
-
-    def measure(model: LLaMA) -> dict[str, float]:
-        ids = np.append([tokenizer.eos_id], tokenizer.encode(text)).astype(np.int32)
-        # Every id is scored once, `stride` of them in each window but the first, at its end: with
-        # at least window - stride ids before it, or all there are.
-        requests, scored = [], 0
-        for end in [*range(window, len(ids) - 1, stride), len(ids) - 1]:
-            requests.append([Request(ids[max(0, end - window) : end + 1], end - scored)])
-            scored = end
-        nats = -sum(float(values[0]) for values in log_likelihoods(model, requests, flags.batch))
-        n_bytes = len(text.encode())
-        return text_figures(nats, scored, n_bytes) | {"tokens": scored, "bytes": n_bytes}
-
-    inputs = [sha256_json([text, tokenizer.data.decode()]), stride, window]
-    return ckpt.Evaluation(f"text {flags.text}", inputs, measure)
-
-
 def list_evaluations(config: Config, data: Data, flags: Flags) -> list[ckpt.Evaluation]:
     """Everything that is measured of a checkpoint, in parts small enough to be lost by a kill."""
     parts: list[ckpt.Evaluation] = []
@@ -452,8 +420,6 @@ def by_checkpoint(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "text": {}, "tasks": {}})
         if r["evaluation"] == "validation":
             entry["text"] |= {f"validation {source}": r["result"][source] for source in r["result"]}
-        elif r["evaluation"].startswith("text "):
-            entry["text"][Path(r["evaluation"].removeprefix("text ")).name] = r["result"]
         else:
             entry["tasks"][r["evaluation"]] = r["result"]
     for entry in entries.values():
@@ -496,15 +462,13 @@ def main(argv: list[str]) -> None:
     config, flags = load(argv, Flags)
     which = "last" if flags.prompt and flags.checkpoints == "all" else flags.checkpoints
     paths = ckpt.select_checkpoints(config.run_dir, which)[-1 if flags.prompt else 0 :]
-    data = None if flags.prompt or flags.text else load_data(config.data_dir, config.seq_len)
+    data = None if flags.prompt else load_data(config.data_dir, config.seq_len)
     tokenizer = data.tokenizer if data else open_tokenizer(paths[0])
     config = ckpt.with_network(config, paths, data and tokenizer)
     model, path = build_for_inference(config), paths[-1]
     if not flags.prompt:
-        evaluations = (list_evaluations(config, data, flags) if data
-                       else [text_evaluation(config, tokenizer, flags)])
-        file = Path(config.run_dir, "eval.jsonl")
-        results = ckpt.evaluate_checkpoints(file, model, paths, evaluations, tokenizer, flags.again)
+        results = ckpt.evaluate_checkpoints(Path(config.run_dir, "eval.jsonl"), model, paths,
+                                            list_evaluations(config, data, flags), tokenizer)
         if rank():
             return
         entries = by_checkpoint(results)
@@ -514,11 +478,9 @@ def main(argv: list[str]) -> None:
                 print(f"{title}\n{table(entries, kind)}\n")
         at = "" if last["step"] is None else f", step {last['step']}, {last['tokens']:,} tokens"
         print(f"{'checkpoint':>24}: {last['checkpoint']}{at}, {model.n_params:,} parameters")
-        for name, r in last["text"].items():
-            print(f"{name:>24}: loss {r['loss']:.3f}, perplexity {np.exp(r['loss']):.2f},"
-                  f" {r['bits_per_byte']:.3f} bits per byte")
-        for name, r in last["tasks"].items():
-            print(f"{name:>24}: {r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f}"
+        for name, r in (last["text"] | last["tasks"]).items():
+            print(f"{name:>24}: perplexity {math.exp(r['loss']):.2f}" if "loss" in r else
+                  f"{name:>24}: {r['metric']} {value(r):.3f} ± {r[r['metric'] + '_se']:.3f}"
                   f" of {r['n']:,} (chance {r['chance']:.3f})")
         # The sample is of the last one in the tables: a newer one may be damaged.
         path = [r["path"] for r in results if r["checkpoint"] == last["checkpoint"]][-1]

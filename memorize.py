@@ -31,7 +31,6 @@ from model import KVCache, LLaMA
 from parallel import build_for_inference, rank
 
 Grid = dict[str, list[np.ndarray]]  # quantity: N chunks of values (C checkpoints, R sequences)
-ONLY = np.ones((1, 1))  # the weight of a grid's only cell
 
 
 @dataclass
@@ -44,21 +43,18 @@ class Flags:
     k: int = 32  # tokens of the prompt
     l: int = 32  # tokens after it that are compared
     batch: int = 250  # sequences in memory at a time
-    again: bool = False  # measure anew what memorization.jsonl has
 
 
 @torch.inference_mode()
-def greedy_matches(model: LLaMA, sequences: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where greedy decoding after k tokens agrees with sequences (B, k + l): bool (B, l); and the
-    log-probability of their last l tokens given what is before, in nats: float32 (B,)."""
+def greedy_matches(model: LLaMA, sequences: Tensor, k: int) -> Tensor:
+    """Where greedy decoding after k tokens agrees with sequences (B, k + l): bool (B, l)."""
     n, total = sequences.shape
     true = sequences[:, k:]  # (B, l)
     cache = KVCache(model, n, total)
     # While greedy decoding has agreed with a sequence, it continues the sequence itself. So one
     # pass over the true tokens (teacher forcing) gives its choices up to and with the first
     # disagreement. Those after it are meaningless; they are decoded again below.
-    logits = model(sequences[:, :-1], cache=cache, logits_to_keep=total - k).float()  # (B, l, V)
-    log_p = logits.gather(-1, true[..., None])[..., 0] - logits.logsumexp(-1)  # (B, l)
+    logits = model(sequences[:, :-1], cache=cache, logits_to_keep=total - k)  # (B, l, V)
     text = torch.cat([sequences[:, :k], logits.argmax(-1)], dim=1)  # (B, k + l)
     wrong = text[:, k:] != true
     diverged_at = torch.where(wrong.any(1), k + wrong.int().argmax(1), total)  # (B,) positions
@@ -67,9 +63,9 @@ def greedy_matches(model: LLaMA, sequences: Tensor, k: int) -> tuple[Tensor, Ten
     for position in range(int(diverged_at.min()) + 1, total):
         cache.length = position - 1
         logits = model(text[:, position - 1 : position], cache=cache, logits_to_keep=1)
-        choice = logits[:, 0].float().argmax(-1)  # (B,)
+        choice = logits[:, 0].argmax(-1)  # (B,)
         text[:, position] = torch.where(diverged_at < position, choice, text[:, position])
-    return text[:, k:] == true, log_p.sum(1)
+    return text[:, k:] == true
 
 
 @torch.inference_mode()
@@ -94,17 +90,15 @@ def draw_sequences(config: Config, data: Data, chunk: int, n: int) -> tuple[np.n
 
 
 def measure(token_ids: np.ndarray, flags: Flags, model: LLaMA) -> dict[str, list]:
-    """Of each sequence of ids (R, T + 1): the agreeing positions, 0 ... l; the log-probability of
-    the l tokens after the prompt, in nats; the loss of the whole sequence, in nats per token."""
+    """Of each sequence of ids (R, T + 1): the agreeing positions, 0 ... l; and the loss of the
+    whole sequence, in nats per token."""
     k, end = flags.k, flags.k + flags.l
     tokens = torch.from_numpy(token_ids[:, :end].astype(np.int64))
-    result: dict[str, list] = {"matches": [], "suffix_log_p": []}
+    matches: list[int] = []
     for batch in tokens.to(model.lm_head.weight.device).split(flags.batch):
-        matches, log_p = greedy_matches(model, batch, k)
-        result["matches"] += matches.sum(1).tolist()
-        result["suffix_log_p"] += [round(x, 5) for x in log_p.tolist()]
+        matches += greedy_matches(model, batch, k).sum(1).tolist()
     losses = sequence_losses(model, token_ids, max(1, flags.batch * end // token_ids.shape[1]))
-    return result | {"loss": [round(x, 5) for x in losses.tolist()]}
+    return {"matches": matches, "loss": [round(x, 5) for x in losses.tolist()]}
 
 
 def measure_chunk(config: Config, data: Data, chunk: int, flags: Flags, model: LLaMA) -> dict:
@@ -151,12 +145,10 @@ def ages(config: Config, data: Data, checkpoints: list[dict], chunks: list[int])
 
 def make_grid(cells: list[list[dict]], length: int) -> Grid:
     """The quantities, from the results of `measure` of each chunk at each checkpoint."""
-    grid = {}
-    for key in ("matches", "suffix_log_p", "loss"):
-        grid[key] = [np.array([result[key] for result in results]) for results in cells]  # (C, R)
-    matches = grid.pop("matches")
+    matches, losses = ([np.array([result[key] for result in results]) for results in cells]
+                       for key in ("matches", "loss"))  # (C, R) each
     return {"score": [m / length for m in matches],
-            "extractible": [(m == length).astype(float) for m in matches], **grid}
+            "extractible": [(m == length).astype(float) for m in matches], "loss": losses}
 
 
 def mean_and_stderr(values: list[np.ndarray], weights: np.ndarray) -> tuple[float, float]:
@@ -180,12 +172,6 @@ def figures(grid: Grid, weights: np.ndarray) -> dict[str, float]:
     for key, values in grid.items():
         result[key], result[f"{key}_se"] = mean_and_stderr(values, weights)
     return result
-
-
-def average(grid: Grid, chosen: np.ndarray) -> dict[str, float]:
-    """`figures` of all sequences together in the cells that are chosen, bool (C, N)."""
-    weights = chosen * np.array([values.shape[1] for values in grid["loss"]])
-    return figures(grid, weights / weights.sum())
 
 
 def double_center(values: np.ndarray) -> np.ndarray:
@@ -218,24 +204,6 @@ def effects(grid: Grid, groups: dict[str, np.ndarray]) -> dict[str, dict[str, fl
     return result
 
 
-def membership(losses: list[np.ndarray], age: np.ndarray) -> dict[str, float]:
-    """How well a threshold on the loss, N of (C, R), tells the seen sequences of an age from unseen
-    ones: the AUC within a checkpoint, averaged over the checkpoints that have both."""
-    result = {}
-    for name, seen in age_groups(age).items():
-        aucs = []
-        for c in np.flatnonzero(seen.any(1) & (age < 0).any(1)):
-            members, others = (np.concatenate([losses[i][c] for i in np.flatnonzero(cells)])
-                               for cells in (seen[c], age[c] < 0))
-            # The share of pairs in which the seen sequence has the higher loss. Of ties "left"
-            # counts none and "right" all, so that each is a half.
-            ranks = [np.searchsorted(np.sort(others), members, side) for side in ("left", "right")]
-            aucs.append(1 - np.mean(ranks) / len(others))
-        if aucs:
-            result[name] = float(np.mean(aucs))
-    return result
-
-
 def summarize(config: Config, data: Data, records: list, chunks: list[int], flags: Flags) -> dict:
     """Everything that memorization.json holds; records: those of the first checkpoint first."""
     n, numbers, checkpoints = len(chunks), chunk_numbers(data), records[:: len(chunks)]
@@ -244,23 +212,17 @@ def summarize(config: Config, data: Data, records: list, chunks: list[int], flag
     age = ages(config, data, checkpoints, chunks)
     cells = []
     for c in range(len(checkpoints)):
-        cells.append([figures({key: [values[i][c : c + 1]] for key, values in grid.items()}, ONLY)
-                      for i in range(n)])
-    seen = {name: average(grid, chosen) for name, chosen in
-            (("seen", age >= 0), ("not yet seen", age < 0)) if chosen.any()}
+        one = [{key: [values[i][c : c + 1]] for key, values in grid.items()} for i in range(n)]
+        cells.append([figures(cell, np.ones((1, 1))) for cell in one])
     by_source, sources = {}, np.concatenate([r["result"]["source"] for r in records[-n:]])
     for source in np.unique(sources):
         last = {key: [values[-1:, sources == source]] for key, values in together.items()}
-        by_source[data.sources[source]] = figures(last, ONLY)
+        by_source[data.sources[source]] = figures(last, np.ones((1, 1)))
     return {
         "k": flags.k, "l": flags.l, "checkpoints": [r["checkpoint"] for r in checkpoints],
         "chunks": [numbers[chunk] for chunk in chunks], "ages": age.tolist(), "cells": cells,
-        "seen": seen, "effects": effects(grid, {"latest": age == 0, "earlier": age > 0}),
-        "by_age": {a: average(grid, age == a) for a in np.unique(age).tolist()},
-        "forgetting": effects(grid, age_groups(age)),
-        "membership": membership(grid["loss"], age), "by_source": by_source,
-        "histogram": [np.bincount(np.rint(scores * flags.l).astype(int),
-                                  minlength=flags.l + 1).tolist() for scores in together["score"]],
+        "effects": effects(grid, {"latest": age == 0, "earlier": age > 0}),
+        "forgetting": effects(grid, age_groups(age)), "by_source": by_source,
         "extractible": [text for r in records[-n:] for text in r["result"]["texts"]],
     }
 
@@ -269,20 +231,16 @@ def summary_text(summary: dict[str, Any]) -> str:
     """The averages and effects, a line each; tools/report.py draws the grid."""
     lines = [f"memorization (k = {summary['k']}, l = {summary['l']}) at"
              f" {', '.join(summary['checkpoints'])}, of {len(summary['chunks'])} chunks"]
-    for key, form in (("seen", "{}"), ("effects", "{} against unseen"), ("by_source", "source {}")):
+    for key, form in (("effects", "{} against unseen"), ("by_source", "source {}")):
         sign = "+" if key == "effects" else ""  # an effect is a difference
         for name, f in summary[key].items():
             lines.append(f"{form.format(name):>24}: score {100 * f['score']:{sign}.2f} ±"
                          f" {100 * f['score_se']:.2f} %, extractible"
                          f" {100 * f['extractible']:{sign}.2f} ± {100 * f['extractible_se']:.2f} %"
                          f" of {f['sequences']:,} sequences")
-    for name in summary["membership"] | summary["forgetting"]:
-        parts = []
-        if f := summary["forgetting"].get(name):
-            parts.append(f"loss {f['loss']:+.3f} ± {f['loss_se']:.3f} nats against unseen")
-        if name in summary["membership"]:
-            parts.append(f"AUC {summary['membership'][name]:.3f}")
-        lines.append(f"{'age ' + name:>24}: {', '.join(parts)}")
+    for name, f in summary["forgetting"].items():
+        lines.append(f"{'age ' + name:>24}: loss {f['loss']:+.3f} ± {f['loss_se']:.3f} nats against"
+                     " unseen")
     for text in summary["extractible"][:3]:
         lines.append(f"{'memorized':>24}: {text['source']}, chunk {text['chunk']} sequence"
                      f" {text['sequence']}: {text['continuation'][:60]!r}")
@@ -322,7 +280,7 @@ def main(argv: list[str]) -> None:
         evaluations.append(ckpt.Evaluation(f"chunk {numbers[chunk]}", inputs, run))
     model, out = build_for_inference(config), Path(config.run_dir)
     records = ckpt.evaluate_checkpoints(out / "memorization.jsonl", model, paths, evaluations,
-                                        data.tokenizer, flags.again)
+                                        data.tokenizer)
     if rank() == 0:
         summary = summarize(config, data, records, chunks, flags)
         print(summary_text(summary))

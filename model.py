@@ -213,9 +213,11 @@ class LLaMA(nn.Module):
             # Every matrix has a random stream of its own, on the CPU: its values depend neither on
             # the device nor, in a sharded model, on which parts a process holds.
             generator = torch.Generator().manual_seed((seed << 16) + i)
-            values = torch.empty(parameter.shape).normal_(generator=generator)
+            values = torch.empty(parameter.shape)
             if self.config.init_truncated:
-                truncate(values, generator)
+                nn.init.trunc_normal_(values, generator=generator)  # at ±2
+            else:
+                values.normal_(generator=generator)
             copy_into_shard(parameter, values.mul_(self.init_std(name)))
 
     def init_std(self, name: str) -> float:
@@ -278,17 +280,6 @@ class LLaMA(nn.Module):
                 ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             tokens.append(ids)
         return torch.cat(tokens, 1).tolist()  # (B, n)
-
-
-def truncate(values: Tensor, generator: torch.Generator) -> None:
-    """Truncate normal values at ±2, in place, by rejection sampling: redraw those beyond."""
-    # nn.init.trunc_normal_ inverts the normal's integral, which takes eight times as long: over ten
-    # minutes for a 7B.
-    values = values.view(-1)  # (..., n) -> (numel,)
-    beyond = (values.abs() > 2).nonzero()[:, 0]  # (those beyond,)
-    while len(beyond):
-        values[beyond] = drawn = torch.randn(len(beyond), generator=generator)
-        beyond = beyond[drawn.abs() > 2]
 
 
 def is_hidden(name: str) -> bool:

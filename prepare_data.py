@@ -26,7 +26,7 @@ import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -274,7 +274,7 @@ def save_tokenizer(config: Config, scratch: Path, files: Files) -> tuple[tk.Toke
             tokenizer = tk.make_tokenizer(config, sample_texts(config, files))
         data.write_json(path, tokenizer.save(scratch.parent))
     entry = data.read_json(path)
-    return tk.load_tokenizer(scratch.parent, entry), entry
+    return tk.open_tokenizer(scratch.parent), entry
 
 
 def sample_texts(config: Config, files: Files) -> Iterator[str]:
@@ -594,9 +594,6 @@ def in_processes(workers: int, job: Callable[[Any], Any], arguments: list) -> li
         try:
             # In their order, so that of several errors always the same one is reported.
             return [*progress(pool.map(job, arguments), "files", len(arguments))]
-        except BrokenExecutor:
-            raise UserError("A worker process was killed, perhaps for want of memory: run the same"
-                            " command again (finished files are kept), maybe with fewer --workers.")
         except BaseException:
             # Otherwise leaving this block would wait until each worker has finished its file.
             for worker in multiprocessing.active_children():

@@ -1,12 +1,11 @@
-"""Text to token ids and back: byte-pair encodings of our own, LLaMA's, OpenAI's and others.
+"""Text to token ids and back: byte-pair encodings of our own, and LLaMA's.
 
     tokenizer = make_tokenizer(config, texts)
     ids = tokenizer.encode("Hello")  # (n,) uint32
-    tokenizer = load_tokenizer(directory, tokenizer.save(directory))
+    tokenizer.save(directory)  # open_tokenizer(directory) is the same again
 
-Ours, OpenAI's and LLaMA's run on tiktoken: a pattern cuts the text into words, and in each word the
-two neighbours whose union has the lowest rank are merged, again and again. Any other tokenizer.json
-is left to the package `tokenizers`.
+Both run on tiktoken: a pattern cuts the text into words, and in each word the two neighbours whose
+union has the lowest rank are merged, again and again.
 """
 
 import functools
@@ -55,7 +54,7 @@ PROBE = "The QUICK brown fox: été, 漢字 😀 ﬁ ①, 12 345\n\n\tx = [1]  \
 
 
 class Tokenizer:
-    """A byte-level BPE on tiktoken: our own ("bpe") or one of OpenAI's ("tiktoken:NAME").
+    """A byte-level BPE on tiktoken: our own, "bpe".
 
         >>> ranks = train_bpe(["aaabdaaabac"], 259)  # 256 bytes and three merges
         >>> tokenizer = Tokenizer("bpe", ranks, BPE_PATTERN, {EOT: 259})
@@ -73,8 +72,6 @@ class Tokenizer:
     prefix = ""  # what `encode` puts before a text
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]):
-        # tiktoken's X{1,3}+ never gives back what it took; to Hugging Face it is (X{1,3})+.
-        pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", pattern)
         # EOT is allowed in no text. Without any special, tiktoken seeks "" at every position.
         self.core = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={EOT: len(ranks)})
@@ -115,13 +112,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32, no BOS, no EOS."""
-        text = replace_invalid_utf8(text)
-        try:
-            # Names of specials are ordinary text: no document can end itself, or begin another.
-            return self.core.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # patterns that look ahead (GPT-2's) fail at a million spaces in a row
-            ids = map(self.core._encode_single_piece, regex.findall(self.core._pat_str, text))
-            return np.concatenate([*ids]).astype(np.uint32)
+        # Names of specials are ordinary text: no document can end itself, or begin another.
+        return self.core.encode_to_numpy(replace_invalid_utf8(text), disallowed_special=())
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text).tolist()
@@ -134,7 +126,7 @@ class Tokenizer:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same
-        ids; returns the entry of a manifest, for `load_tokenizer`."""
+        ids; returns what a manifest records of it."""
         config = json.dumps(self.config, indent=1).encode() + b"\n"
         for name, content in (("tokenizer.json", self.data), ("tokenizer_config.json", config)):
             with open_ours(directory / name) as f:
@@ -275,47 +267,11 @@ def any_of(*names: str) -> re.Pattern:
     return re.compile(f"({'|'.join(alternatives) or chr(0xD800)})")  # no text has a lone surrogate
 
 
-class HubTokenizer(Tokenizer):
-    """Any other tokenizer.json (GPT-2's, Llama 3's, OLMo's, ...), by the package `tokenizers`.
-    ValueError if its tokens do not have the bytes of the text."""
-
-    def __init__(self, content: dict[str, Any], eos: str, splits: bool):
-        import tokenizers  # an optional package
-        self.core = tokenizers.Tokenizer.from_str(json.dumps(content))
-        self.core.encode_special_tokens = splits
-        decoder, bytes_of = json.dumps(content.get("decoder")), {}
-        for piece, i in self.core.get_vocab(with_added_tokens=False).items():
-            if "ByteLevel" in decoder:
-                bytes_of[i] = b"".join(BYTES.get(letter, letter.encode()) for letter in piece)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                bytes_of[i] = bytes.fromhex(piece[3:5])
-            else:
-                bytes_of[i] = spell(piece).encode()
-        self.describe("hf", content, bytes_of, eos, splits)
-        decoded = self.decode(self.encode(PROBE))
-        if decoded not in (PROBE, " " + PROBE) or not re.search("Byte(Level|Fallback)", decoder):
-            raise ValueError("its tokens lose or change parts of a text, so that bits per byte"
-                             " cannot be measured")
-        self.prefix = decoded.removesuffix(PROBE)
-
-    def encode(self, text: str) -> np.ndarray:
-        encoding = self.core.encode(replace_invalid_utf8(text), add_special_tokens=False)
-        return np.array(encoding.ids, np.uint32)
-
-
 def make_tokenizer(config: Config, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config asks for, checked; `texts` is read only to train one."""
     kind, _, name = config.tokenizer.partition(":")
     if kind == "hf":
         tokenizer = open_tokenizer(Path(name))
-    elif kind == "tiktoken":
-        try:
-            named = tiktoken.get_encoding(name)
-        except (ValueError, OSError):  # no such name; no network
-            raise UserError(f"tokenizer: tiktoken has no {name!r}, or cannot download it; without a"
-                            ' network take "bpe" or "hf:PATH".')
-        tokenizer = Tokenizer(config.tokenizer, named._mergeable_ranks, named._pat_str,
-                              named._special_tokens)
     else:
         n_specials = 1 + len(CRYSTAL_TOKENS) * config.crystal_tokens
         ranks = train_bpe(texts, config.vocab_size - n_specials)
@@ -353,17 +309,8 @@ def open_tokenizer(path: Path) -> Tokenizer:
         return read_tokenizer(data, config_data)
     except Exception as error:  # of any kind: anybody may have written the JSON
         raise UserError(f"{path} is not a tokenizer.json that can be followed here"
-                        f" ({type(error).__name__}: {error}). One that is neither LLaMA's nor ours"
-                        " needs: pip install tokenizers. A sentencepiece .model is not read.")
-
-
-def load_tokenizer(directory: Path, entry: dict[str, Any]) -> Tokenizer:
-    """A saved tokenizer, from what `save` returned; OSError or ValueError if the file is not what
-    was saved, UserError if this code cannot read it."""
-    sha256 = hashlib.sha256(read_regular(directory / "tokenizer.json")).hexdigest()
-    if sha256 != entry["sha256"] or open_tokenizer(directory).entry != entry:
-        raise ValueError("it is not the tokenizer that the manifest describes")
-    return open_tokenizer(directory)
+                        f" ({type(error).__name__}: {error}): LLaMA's can, with tokens added too,"
+                        " and those made here. A sentencepiece .model is not read.")
 
 
 @functools.lru_cache(maxsize=4)  # every command opens the same one in several places
@@ -372,7 +319,7 @@ def read_tokenizer(data: bytes, config_data: bytes) -> Tokenizer:
     content, config = json.loads(data), json.loads(config_data)
     kind, splits = config.get("kind", ""), bool(config.get("split_special_tokens"))
     specials = {token["content"]: token["id"] for token in content["added_tokens"]}
-    if kind.startswith(("bpe", "tiktoken:")):
+    if kind == "bpe":
         ranks = {b"".join(BYTES[letter] for letter in piece): rank
                  for piece, rank in content["model"]["vocab"].items() if piece not in specials}
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
@@ -394,7 +341,4 @@ def read_tokenizer(data: bytes, config_data: bytes) -> Tokenizer:
         raise ValueError("its merges are random (dropout)")
     # A post-processor puts a BOS before the text; the others cut it short or fill it up.
     content |= {"post_processor": None, "truncation": None, "padding": None}
-    try:
-        return LlamaTokenizer(content, eos, splits)
-    except (ValueError, KeyError):
-        return HubTokenizer(content, eos, splits)
+    return LlamaTokenizer(content, eos, splits)

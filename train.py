@@ -86,11 +86,15 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
+    config, _ = load(argv)
+    train(config, " ".join(["python train.py", *argv]))
+
+
+def train(config: Config, command: str = "the same command") -> None:
     """Train a run from where it stands until its data, max_steps or a signal ends it."""
     # First of all: Slurm's would kill a process that is still starting, and torchrun begin again.
     signal.signal(signal.SIGUSR1, lambda got, _: SIGNALS.append(signal.Signals(got).name))
     SIGNALS.clear()
-    config, _ = load(argv)
     parallel.init_distributed(config)
     run = start(config)  # data, model and optimizers
     last_step = min(run.total_steps, config.max_steps or run.total_steps)
@@ -183,7 +187,7 @@ def main(argv: list[str]) -> None:
             raise UserError(problem)
         if stop:
             run.log(f"{', '.join(SIGNALS) or 'A signal to another process'}: saved at step"
-                    f" {run.step}. To go on: python train.py {' '.join(argv)}")
+                    f" {run.step}. To go on: {command}")
         else:
             run.log(f"Finished: {run.step} steps in {run.dir}.")
 
@@ -387,7 +391,6 @@ def start(config: Config) -> Run:
     micro_batches(config, world_size())  # refused before anything is built
     data = data_for(config)
     device, dtype = parallel.choose_device(config)
-    kernels.use(config.kernels)
     # Weights, gradients and two moments, four bytes each; tools/dry_run.py tells what else.
     n_bytes = 16 * meta_model(config).n_params / parallel.shard_size(config, world_size())
     parallel.check_memory(n_bytes, "weights, gradients and AdamW's moments", device)

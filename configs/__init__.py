@@ -19,7 +19,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, get_args, get_origin
@@ -124,7 +124,7 @@ class Config(ModelConfig):
     tokenized: str = ""  # path or glob of Amber's released chunks, used instead of sources
     tokenized_valid: str = ""  # the same for validation; without it there is none
     on_bad_line: Literal["stop", "skip"] = "stop"  # of input that is not valid
-    tokenizer: str = "bpe"  # "bpe" | "hf:PATH" of a tokenizer.json | "tiktoken:NAME" | "data:DIR"
+    tokenizer: str = "bpe"  # "bpe" | "hf:PATH" of a tokenizer.json | "data:DIR"
     crystal_tokens: bool = False  # ids for Crystal's 22 added tokens (infilling, files, chat)
     fim_rates: dict = field(default_factory=dict)  # {"name": share of its documents infilled}
     fim_spm_rate: float = 0.5  # of those, the share written suffix first
@@ -252,7 +252,7 @@ def load(argv: list[str], Flags: type = NoFlags) -> tuple[Config, Any]:
     check(config)
     check_numbers(chosen)
     if asks_for_help:
-        print(help_text(config, chosen))
+        print(help_text(chosen))
         sys.exit(0)
     return config, chosen
 
@@ -348,9 +348,7 @@ def check(c: Config) -> None:
         return type(value) in (int, float) and 0 <= value <= most
 
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-    text_only = ("source_weights", "source_halves", "max_source_bytes", "valid_documents",
-                 "fim_rates")
-    longest_sample = max(1024, c.seq_len)  # every checkpoint waits for its sample
+    text_only = "source_weights source_halves max_source_bytes valid_documents fim_rates"
     rules = [
         # A slip, or a stranger's config.json, must not make tensors for hours.
         *((getattr(c, key) <= 2**24, key, "at most 2**24") for key in (
@@ -364,8 +362,7 @@ def check(c: Config) -> None:
          f"even and at most the head size ({c.head_dim})"),
         (c.kernels != "triton" or c.head_dim in (64, 128), "kernels",
          f"'auto' or 'torch': Triton's attention has head sizes 64 and 128, and not {c.head_dim}"),
-        (c.adam_beta1 < 1, "adam_beta1", "less than 1"),
-        (c.adam_beta2 < 1, "adam_beta2", "less than 1"),
+        *((getattr(c, key) < 1, key, "less than 1") for key in ("adam_beta1", "adam_beta2")),
         (c.min_learning_rate <= c.learning_rate, "min_learning_rate",
          f"at most learning_rate ({c.learning_rate})"),
         (not c.same_bits or c.reduce_dtype == "float32", "reduce_dtype",
@@ -374,13 +371,13 @@ def check(c: Config) -> None:
          "'fsdp' with same_bits: the order is kept in FSDP's sums"),
         (re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", c.device), "device",
          "'auto', 'cpu', 'cuda' or 'cuda:N'"),
-        (re.fullmatch("bpe|(hf|tiktoken|data):.+", c.tokenizer), "tokenizer",
-         "'bpe', 'hf:PATH', 'tiktoken:NAME' or 'data:DIR'"),
-        (c.sample_tokens <= longest_sample, "sample_tokens", f"at most {longest_sample}"),
+        (re.fullmatch("bpe|(hf|data):.+", c.tokenizer), "tokenizer",
+         "'bpe', 'hf:PATH' or 'data:DIR'"),
+        (c.sample_tokens <= max(1024, c.seq_len), "sample_tokens", "at most 1024, or seq_len"),
         (not (c.sources and c.tokenized), "tokenized",
          "empty where sources are given: data is made of text or of released chunks"),
         *((not (c.tokenized and getattr(c, key)), key, "left out with tokenized chunks: it is for"
-           " text") for key in text_only),
+           " text") for key in text_only.split()),
         (len(c.sources) <= 256 and {*map(type, [*c.sources, *c.sources.values()])} <= {str},
          "sources", "{'name': 'path or glob'}, 256 at most"),
         (all(is_number(w, 1e6) for w in c.source_weights.values()), "source_weights",
@@ -389,7 +386,6 @@ def check(c: Config) -> None:
          "{'name': 'even' or 'odd'}"),
         (all(is_number(rate, 1) for rate in c.fim_rates.values()), "fim_rates",
          "{'name': share from 0 to 1}"),
-        (c.fim_spm_rate <= 1, "fim_spm_rate", "a share from 0 to 1"),
         (all(type(i) is int and 0 <= i < c.n_chunks for i in c.skip_chunks), "skip_chunks",
          f"a list of chunks, 0 to {c.n_chunks - 1}"),
     ]
@@ -398,30 +394,12 @@ def check(c: Config) -> None:
             raise UserError(f"{key} must be {expected}, found {getattr(c, key)!r}.")
 
 
-def help_text(config: Config, flags: Any) -> str:
-    """The docstring of the running stage, its flags, and every setting: value and comment."""
-    values, defaults = asdict(config) | asdict(flags), asdict(Config()) | asdict(type(flags)())
-    # The comments are those of the declarations, so that what is printed cannot go stale.
-    sections: dict[str, list[str]] = {}
-    for cls, title in ((type(flags), "flags"), (ModelConfig, "the network"), (Config, "")):
-        for line in inspect.getsource(cls).splitlines():
-            if heading := re.fullmatch(r"    # -- (.*)", line):
-                title = heading[1]
-            setting = re.match(r"    (\w+): [^=]+ = .*?  # (.*)", line)
-            if not setting:
-                continue
-            name, comment = setting.groups()
-            text = f"  --{name}={values[name]!r}"
-            if values[name] != defaults[name]:
-                text += f"  (default {defaults[name]!r})"
-            if choices := get_args(cls.__annotations__[name]):
-                comment += f": {' | '.join(choices)}"
-            sections.setdefault(title, []).append(f"{text}\n        {comment}")
-    lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
-    # What this stage alone reads comes first.
-    mine = ("flags", Path(sys.argv[0]).name)
-    for title in sorted(sections, key=lambda title: not title.startswith(mine)):
-        lines += ["", f"{title}:", *sections[title]]
+def help_text(flags: Any) -> str:
+    """The docstring of the running stage, and the declarations of its flags and of all settings."""
+    lines = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip(), "",
+             "Written --NAME=VALUE; listed as NAME: type = default  # what it is"]
+    for cls in (type(flags), ModelConfig, Config):
+        lines += ["", *re.findall(r"^    (\w+: .+#.*|# -- .*)$", inspect.getsource(cls), re.M)]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import checkpoint as ckpt
 import prepare_data
 import train
 from configs import UserError, load
-from data import read_json, sha256_json, write_json
+from data import read_json, sha256_file, sha256_json, write_json
 from tools import corpus, forge
 
 
@@ -90,18 +90,34 @@ def test_an_honest_run_raises_nothing(exam: Path, copy: Path,
                                       capsys: pytest.CaptureFixture) -> None:
     assert findings(exam, copy) == []
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith("run: 6 audited, nothing found.") and len(lines) == 8
-    row = r"ckpt_003 +ok +none +[+]0\.\d\d +-0\.\d{3} ± 0\.\d{3} +20 lines"
-    assert re.fullmatch(row, lines[4])
+    assert lines[-1].endswith("run: 7 audited, nothing found.") and len(lines) == 10
+    assert re.fullmatch(r"start +seed 11111 +none +- +- +0 +-", lines[1])
+    row = r"ckpt_003 +ok +none +[+]0\.\d\d +-0\.\d{3} ± 0\.\d{3} +0 +20 lines"
+    assert re.fullmatch(row, lines[5]) and lines[-2].startswith("Note: Nothing was trained again")
     assert read_json(copy / "run/audit.json")["findings"] == []
     few = {"checkpoints": "0,1,2,4,5", "chunks": "1,3,4", "sequences": 32}
     assert findings(exam, copy, **few) == []
+    text = capsys.readouterr().out
+    assert "1 checkpoints were not compared: ckpt_003" in text
+    assert findings(exam, copy, sequences=8, chunks="1") == []
+    text = capsys.readouterr().out
+    assert "no loss in metrics.jsonl was compared" in text and "--sequences=16" in text
+    assert "none was looked for at ckpt_000, ckpt_001" in text
 
 
-def test_an_extended_run_with_another_rate_raises_nothing(exam: Path, copy: Path) -> None:
+def test_an_extended_run_with_another_rate_raises_nothing(
+        exam: Path, copy: Path, capsys: pytest.CaptureFixture) -> None:
     for settings in ({"max_steps": 150}, {"max_steps": 160, "learning_rate": 4e-3}):
-        train.main(words(exam, copy, epochs=2, **settings))
+        train.main(words(exam, copy, epochs=2, keep_train_state=1, **settings))
     assert findings(exam, copy) == []
+    assert "The settings were changed by step 160: learning_rate 0.01 -> 0.004" in (
+        capsys.readouterr().out)
+    # A replay goes on with its own state, where those of the run were dropped.
+    assert not (copy / "run/ckpt_003/train_state").exists()
+    assert findings(exam, copy, replay="3,4,5,6,7")[0].startswith("replay: ")
+    assert findings(exam, copy, replay="all") == []
+    assert capsys.readouterr().out.count("tensors and the log, bit for bit") == 8
+    assert not (copy / "run/replay.tmp").exists()
 
 
 @pytest.mark.parametrize("settings", [
@@ -115,7 +131,9 @@ def test_unusual_honest_runs_raise_nothing(exam: Path, tmp_path: Path, settings:
 
 # What must find a kind; "" is found by replay alone.
 FOUND_BY = {"swapped": "path", "duplicated": "twins", "shard": "twins", "twice": "path",
-            "left_out": "trace", "leaked": "data", "canary": "data", "edited": "", "late_rate": ""}
+            "left_out": "trace", "leaked": "data", "canary": "data", "edited": "", "late_rate": "",
+            "noise": "ties", "validation": "ties", "replaced": "ties", "decay": "path",
+            "thinned": "log", "tokens": "files", "config": "files", "cut": "files"}
 
 
 @pytest.mark.parametrize("kind", FOUND_BY)
@@ -126,14 +144,18 @@ def test_forged_runs_are_found(exam: Path, tmp_path: Path, kind: str,
     config = load([str(exam / "run")])[0]
     fault = forge.draw_fault(config, 3, kind)
     forge.forge(config, tmp_path, fault, 3)
-    found = findings(exam, tmp_path, sequences=64 if kind == "left_out" else 0)
+    by = FOUND_BY[kind]
+    found = findings(exam, tmp_path, sequences=64 if by in ("trace", "ties", "log", "") else 0)
     # All hashes are right: nothing is given away by a file that differs from its manifest.
-    assert not [sentence for sentence in found if sentence.startswith("files:")]
-    if FOUND_BY[kind]:
-        pattern = rf"{FOUND_BY[kind]}: .*(ckpt_00|chunk ){fault[1]}\b"
+    assert not [sentence for sentence in found if sentence.startswith("files:") and by != "files"]
+    if by:
+        # A batch that was not trained on shows at the checkpoint before its chunk.
+        places = "|".join(str(int(place) - (kind == "replaced")) for place in fault[1:])
+        pattern = rf"{by}: .*(ckpt_00|chunk )({places})\b" if places else f"{by}: "
         assert any(re.match(pattern, sentence) for sentence in found)
         return
-    sentence = f"ckpt_00{fault[1]} or its log is not what chunk {fault[1]} makes"
+    assert found == []
+    sentence = rf"ckpt_00{fault[1]} or its log is not what steps \d+ to \d+ make of .*ckpt_00"
     assert re.search(sentence, findings(exam, tmp_path, replay=fault[1])[0])
 
 
@@ -151,9 +173,16 @@ def test_published_directories_are_audited_by_their_weights(
     for a, b in (("2", "aside"), ("4", "2"), ("aside", "4")):
         (hub / f"ckpt_00{a}").rename(hub / f"ckpt_00{b}")
     found = "\n".join(findings(exam, **where))
-    assert re.search("(?s)ckpt_002 does not lie.*ckpt_004 does not lie.*has learned from", found)
+    assert re.search("(?s)ckpt_00[24] is not on the way.*has learned from", found)
+    write_json(hub / "ckpt_003/config.json",
+               read_json(hub / "ckpt_003/config.json") | {"rms_norm_eps": 1e-3})
+    assert "ckpt_003 has another rms_norm_eps" in findings(exam, **where)[0]
     (hub / "ckpt_003/model.safetensors").write_bytes(b"")
+    (hub / "ckpt_003/config.json").write_bytes((hub / "ckpt_001/config.json").read_bytes())
     assert "ckpt_003/model.safetensors cannot be read" in findings(exam, **where, sequences=0)[0]
+    where["checkpoints"] = f"{hub}/ckpt_001,{hub}/ckpt_005"
+    assert findings(exam, **where) == []
+    assert "that takes three checkpoints" in capsys.readouterr().out
 
 
 def test_files_and_manifests_that_do_not_fit(exam: Path, copy: Path) -> None:
@@ -165,19 +194,24 @@ def test_files_and_manifests_that_do_not_fit(exam: Path, copy: Path) -> None:
         (copy / name).write_bytes(damaged)
     (copy / "data/valid/code.npy").unlink()
     other_parent = {"checkpoint": "ckpt_000", "weights_sha256": "0"}
-    change_manifest(copy / "run/ckpt_001", {"step": 13})
+    change_manifest(copy / "run/ckpt_001", {"tokens": 13})
     change_manifest(copy / "run/ckpt_002", {"data_sha256": "0"})
-    change_manifest(copy / "run/ckpt_003", {"chunk_sha256": "0", "parent": other_parent})
-    change_manifest(copy / "run/ckpt_004", {"tensors": {"model.norm.weight": "0"}})
+    change_manifest(copy / "run/ckpt_003", {"chunk_sha256": "0"})
+    change_manifest(copy / "run/ckpt_004", {"parent": other_parent})
+    write_json(copy / "run/config.json", read_json(copy / "run/config.json") | {"adam_eps": 1e-6})
+    (copy / "run/train.log").unlink()
+    write_log = ckpt.read_records(copy / "run/metrics.jsonl")[:100]
+    ckpt.write_records(copy / "run/metrics.jsonl", write_log)
     found = findings(exam, copy, sequences=0)
     sentences = ("chunk_002.npy differs", "code.npy is missing",
                  "ckpt_005: manifest.json is missing or damaged",
                  "ckpt_000: train_state/optimizer.safetensors differs",
-                 "ckpt_001: step 13 in its manifest is not the end of its chunk",
-                 "ckpt_002: it was trained on other data",
-                 "ckpt_003: it names another hash of chunk 3",
-                 "ckpt_003: it was trained from another ckpt_000",
-                 "ckpt_004: model.norm.weight is not the tensor in manifest.json")
+                 "ckpt_001: its tokens is 13, where data and checkpoints have 40960",
+                 "ckpt_002: its data_sha256 is 0",
+                 "ckpt_003: its chunk_sha256 is 0",
+                 "ckpt_004: its parent is {'checkpoint': 'ckpt_000'",
+                 "config.json is not that of step 100: adam_eps 1e-08 -> 1e-06",
+                 "newest checkpoint is of step 100 of 120, and there is no train.log")
     for sentence in sentences:
         assert sum(sentence in line for line in found) == 1, sentence
     assert len(found) == len(sentences)
@@ -194,18 +228,32 @@ def test_lines_that_do_not_follow_from_config_and_data_order(exam: Path, copy: P
     change_log(copy / "run", 101, loss=record["loss"] + 1e-3, loss_by_source=by_source)
     found = findings(exam, copy)
     assert len(found) == 6
-    for chunk, sentence in enumerate(found[:5]):
-        assert re.search(f"1 lines of chunk {chunk} do not follow .* the first is step"
+    assert re.match(r"ties: ckpt_004: .* loss of step 101 is", found[0])
+    for chunk, sentence in enumerate(found[1:]):
+        assert re.search(f"1 lines of chunk {chunk} in .* do not follow .* the first is step"
                          f" {20 * chunk + 9}", sentence)
-    assert re.match(r"log: .* at step 101, where the weights of ckpt_004", found[5])
 
 
-def test_replay(exam: Path, capsys: pytest.CaptureFixture) -> None:
+def test_replay(exam: Path, copy: Path, capsys: pytest.CaptureFixture) -> None:
     for chunk, before in ((0, "the initial weights"), (2, "ckpt_001")):
         # The settings given here do not count: those of the manifest do.
-        assert findings(exam, replay=chunk, learning_rate=2e-2, weight_decay=0.7) == []
+        assert findings(exam, copy, replay=chunk, learning_rate=2e-2, weight_decay=0.7) == []
         text = capsys.readouterr().out
-        assert re.search(rf"ckpt_00{chunk} is what chunk {chunk} makes of \S*{before}: \d+ tensors,"
-                         " bit for bit, and 20 lines of metrics.jsonl", text)
+        assert re.search(rf"ckpt_00{chunk} is what steps {chunk}[01]?1? to {chunk + 1}0|"
+                         rf"ckpt_00{chunk} is what .* make of \S*{before}: \d+ tensors", text)
+    # A line that is gone, a validation, and a moment, which all hashes now fit.
+    records = ckpt.read_records(copy / "run/metrics.jsonl")
+    records[59]["valid"]["code"]["loss"] += 1e-9
+    ckpt.write_records(copy / "run/metrics.jsonl", records[:69] + records[70:])
+    assert "1 differ, step 60 of metrics.jsonl" in findings(exam, copy, replay=2)[0]
+    assert "1 differ, step 70 of metrics.jsonl" in findings(exam, copy, replay=3)[0]
+    state = copy / "run/ckpt_004/train_state/optimizer.safetensors"
+    tensors = {name: t.clone() for name, t in ckpt.read_safetensors(state).items()}
+    tensors["lm_head.weight.exp_avg"] *= 2
+    ckpt.write_safetensors(state, [*tensors.items()])
+    files = read_json(copy / "run/ckpt_004/manifest.json")["files"]
+    files |= {"train_state/optimizer.safetensors": sha256_file(state)}
+    change_manifest(copy / "run/ckpt_004", {"files": files})
+    assert "1 differ, lm_head.weight.exp_avg" in findings(exam, copy, replay=4)[0]
     with pytest.raises(UserError, match="There is no checkpoint .*ckpt_007"):
         audit.main(words(exam, replay=7))

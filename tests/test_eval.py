@@ -225,28 +225,6 @@ def test_sharing_changes_no_score(net: LLaMA, monkeypatch: pytest.MonkeyPatch) -
             np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [3, 16])
-def test_a_text_is_scored_token_by_token(quiz: Path, run: Path, net: LLaMA, tmp_path: Path,
-                                         stride: int) -> None:
-    file, text = tmp_path / "some text.txt", sentences(5, 2) + " é 東"
-    file.write_text("\ufeff" + text, encoding="utf-8")
-    tokenizer, window = load_data(quiz / "data").tokenizer, 16
-    ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
-    assert len(ids) > 3 * window
-    nats, end = 0.0, window
-    for i in range(1, len(ids)):  # each token after all there is in the window that scores it
-        while i > end:
-            end += stride
-        begin = max(0, min(end, len(ids) - 1) - window)
-        nats -= by_hand(net, ids[begin : i + 1], 1)
-    evaluation.main(argv(quiz, run, text=file, seq_len=window, stride=stride, batch=7,
-                         checkpoints="last"))
-    [record] = ckpt.read_records(run / "eval.jsonl")
-    assert record["result"]["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-    assert record["result"]["bits_per_byte"] == pytest.approx(
-        nats / np.log(2) / len(text.encode()))
-
-
 def test_weights_that_are_not_finite_give_no_score(quiz: Path, net: LLaMA,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     questions = evaluation.synthetic_questions(load_data(quiz / "data"), "recall")

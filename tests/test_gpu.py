@@ -16,9 +16,11 @@ def test_every_part_runs(tmp_path: Path) -> None:
     timed = {(row["what"], row["who"]) for row in report["kernels"] if "what" in row}
     assert {("attention", "ours"), ("rope", "formula")} <= timed
     # All kinds of step are the same computation, in float32 here.
-    for network, kinds in (("amber_7b", 7), ("crystal_7b_stage1", 2)):
+    for network, kinds in (("amber_7b", 8), ("crystal_7b_stage1", 6)):
         losses = [row["loss"] for row in report["steps"]
                   if row.get("network") == network and "loss" in row]
         assert len(losses) == kinds and max(losses) - min(losses) < 1e-3
+    assert [[*row["pays"]] for row in report["steps"] if "pays" in row] == [
+        ["rope", "swiglu", "rmsnorm"], ["layernorm"]]
     assert {"resumed equals straight": True} in report["runs"]
     assert any("bit for bit" in row.get("text", "") for row in report["runs"])

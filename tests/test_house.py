@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lines of all files at the top and of configs/__init__.py, comments and blank lines included. A
 # change may lower this number and never raises it: a feature pays with lines that go.
-MOST_LINES = 5199
+MOST_LINES = 5198
 # Which files a file may import, beside configs, which all may.
 KNOWS = {
     "configs": set(), "kernels": set(), "tokenizer": set(),
@@ -23,10 +23,10 @@ KNOWS = {
     "prepare_data": {"data", "tokenizer"},
     "eval": {"data", "model", "checkpoint", "kernels", "parallel", "tokenizer"},
     # A stage knows another in two places: validation during training is eval's bits per byte, and
-    # the audit measures losses as memorize does and trains a chunk again.
+    # the audit measures losses as memorize does, validates, and trains a chunk again.
     "train": {"data", "model", "kernels", "checkpoint", "parallel", "eval"},
     "memorize": {"data", "model", "checkpoint", "parallel"},
-    "audit": {"data", "model", "checkpoint", "parallel", "train", "memorize"},
+    "audit": {"data", "model", "checkpoint", "parallel", "train", "eval", "memorize"},
 }
 TOP = [*sorted(ROOT.glob("*.py")), ROOT / "configs/__init__.py"]
 

@@ -68,12 +68,8 @@ def test_matches_are_those_of_plain_greedy_decoding(seed: int, k: int, n: int, t
         head = model.lm_head.weight.data
         head[7] = head[3] = head.abs().max(0).values
     sequences = mixed_sequences(model, n, seed)
-    matches, log_p = memorize.greedy_matches(model, sequences, k)
+    matches = memorize.greedy_matches(model, sequences, k)
     assert torch.equal(matches, plain_matches(model, sequences, k))
-    expected = model(sequences[:, :-1]).log_softmax(-1)  # (n, K + L - 1, VOCAB)
-    # The logits at a position are of the token after it.
-    expected = expected.gather(-1, sequences[:, 1:, None])[:, k - 1 :, 0].sum(1)
-    torch.testing.assert_close(log_p, expected, rtol=1e-4, atol=1e-4)
     if n == 24:  # agreements after a disagreement have to be decoded, and there are some
         assert 0 < matches.all(1).sum() < 24 and matches.sum() > matches.cumprod(1).sum()
 
@@ -90,7 +86,7 @@ def simulated(random: np.random.Generator, age: np.ndarray, n: int) -> memorize.
         matches = random.binomial(L, (0.2 + levels + effect)[:, i, None] + ease)
         noise = random.normal(0, 0.1, matches.shape)
         losses = 4 - (levels + forgotten)[:, i, None] - 5 * ease + noise
-        cells.append([{"matches": m, "suffix_log_p": -9 * x, "loss": x}
+        cells.append([{"matches": m, "loss": x}
                       for m, x in zip(matches, losses)])
     return memorize.make_grid(cells, L)
 
@@ -105,7 +101,7 @@ def test_effects_and_errors_against_a_simulation() -> None:
     age = np.arange(8)[:, None] - np.arange(9)  # the last chunk is never seen
     for _ in range(100):
         grid = simulated(random, age, 20)
-        samples = {"seen": (memorize.average(grid, age >= 0), "score")}
+        samples = {}
         for name, figures in latest_and_earlier(grid, age).items():
             samples[name] = figures, "score"
         for name, figures in memorize.effects(grid, memorize.age_groups(age)).items():
@@ -114,16 +110,15 @@ def test_effects_and_errors_against_a_simulation() -> None:
             found.setdefault(name, []).append((figures[key], figures[f"{key}_se"]))
     truth = {"latest": 0.05, "earlier": 0.02} | {
         name: -0.2 * 0.5 ** int(name[0]) for name in memorize.age_groups(age)}
-    assert found.keys() == {"seen", *truth}
+    assert found.keys() == truth.keys()
     for name, pairs in found.items():
         effect, stderr = np.transpose(pairs)
         assert stderr.mean() == pytest.approx(effect.std(), rel=0.2)
-        if name in truth:
-            assert abs(effect.mean() - truth[name]) < 4 * effect.std() / 100 ** 0.5
+        assert abs(effect.mean() - truth[name]) < 4 * effect.std() / 100 ** 0.5
     # One sequence shown to all checkpoints is not eight.
     once = {key: [chunk[:1] for chunk in values] for key, values in grid.items()}
-    alone = memorize.average(once, np.ones((1, 9)))["score_se"]
-    assert memorize.average(grid, np.ones((8, 9)))["score_se"] > 0.7 * alone
+    alone = memorize.figures(once, np.ones((1, 9)))["score_se"]
+    assert memorize.figures(grid, np.ones((8, 9)) / 8)["score_se"] > 0.7 * alone
 
 
 def test_effects_that_a_grid_cannot_tell_are_not_given() -> None:
@@ -135,22 +130,6 @@ def test_effects_that_a_grid_cannot_tell_are_not_given() -> None:
     assert told([[0, -1], [1, 0]]) == set()  # 4 cells, 3 levels, 2 effects
     assert told([[1, -1], [3, 1]]) == {"earlier"}  # no chunk is the latest
     assert told([[0, -1, -2], [1, 0, -1], [2, 1, 0]]) == {"latest", "earlier"}
-
-
-def test_membership_is_the_share_of_pairs_in_order_within_each_checkpoint() -> None:
-    random = np.random.default_rng(0)
-    age = np.array([[1, 0, -1, -2], [2, 1, 0, -1], [3, 2, 1, 0]])  # the last has nothing unseen
-    losses = [random.integers(9, size=(3, n)) / 4 for n in (7, 1, 3, 5)]  # with many ties
-    found = memorize.membership(losses, age)
-    assert [*found] == ["0", "1", "2"]
-    for a in (0, 1, 2):
-        by_checkpoint = []
-        for c in (0, 1):
-            members, others = ([x for i in range(4) if chosen[c, i] for x in losses[i][c]]
-                               for chosen in (age == a, age < 0))
-            pairs = [(x < y) + (x == y) / 2 for x in members for y in others]
-            by_checkpoint += [np.mean(pairs)] if pairs else []
-        assert found[str(a)] == pytest.approx(np.mean(by_checkpoint))
 
 
 def test_the_grid_is_measured_once_and_survives_a_kill(tmp_path: Path) -> None:
@@ -180,9 +159,7 @@ def test_the_grid_is_measured_once_and_survives_a_kill(tmp_path: Path) -> None:
     assert cell["score"] == pytest.approx(expected.float().mean().item() / 10)
     assert cell["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
     assert summary["ages"] == [[0, -1, -2], [1, 0, -1], [2, 1, 0]]
-    assert [sum(counts) for counts in summary["histogram"]] == [60, 60, 60]
     assert {*summary["effects"]} == {"latest", "earlier"}
-    assert {*summary["membership"]} == {"0", "1"}  # nothing is unseen when one is 2 old
     assert {*summary["by_source"]} == {"prose", "code"}
 
 

@@ -26,8 +26,7 @@ def figures(run_dir: Path) -> dict[str, float]:
     """The figures of a run: of its last checkpoint, and of memorization.json."""
     found = {}
     for entry in measured(run_dir, list_checkpoints(run_dir)[-1:]):
-        # A text of --text has no such name, and "" is in no band.
-        found |= {f"bits per byte of {name.partition('validation ')[2]}": value(result)
+        found |= {f"bits per byte of {name.removeprefix('validation ')}": value(result)
                   for name, result in entry["text"].items()}
         found |= {f"accuracy of {name}": value(result) for name, result in entry["tasks"].items()}
     effects = read_json(run_dir / "memorization.json").get("forgetting", {})

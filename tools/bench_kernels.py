@@ -25,6 +25,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -77,10 +78,17 @@ def cases(B: int, T: int, c: ModelConfig, make: Callable) -> Iterator[Case]:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         return run
 
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
     q, k, v = (make(B, T, c.num_attention_heads, c.head_dim) for _ in "qkv")
-    yield Case("attention", (q, k, v), {
-        "ours": kernels.attention, "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}, 3.5 * 2 * q.numel() * T, "TFLOP/s")
+    rivals = {"ours": kernels.attention, "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+              "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if q.is_cuda:
+        compiled = torch.compile(flex_attention, dynamic=False)
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, q.device)
+        rivals["FlexAttention"] = flex
+    yield Case("attention", (q, k, v), rivals, 3.5 * 2 * q.numel() * T, "TFLOP/s")
     cos, sin = rotary_table(c, 0, T, q.device)
     how = {"cos": cos, "sin": sin, "interleaved": c.rotary_interleaved}
     yield Case("rope", (q, k), {"ours": partial(kernels.rope, **how),

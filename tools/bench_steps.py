@@ -2,9 +2,10 @@
 
     python tools/bench_steps.py [--smoke]
 
-Eager and compiled, with the kernels of Triton and of PyTorch; then compiled with one operation at a
-time left to torch.compile: `pays` is how much longer the step takes without the Triton kernel, and
-a kernel that pays less than 1 % is not needed. The network has 32 layers, or 16 on 80 GB.
+Compiled and eager, with the kernels of Triton and of PyTorch; and compiled with one operation at a
+time left to torch.compile: `pays` is how much longer the step takes without the Triton kernel,
+beside `noise`, by how much two measurements of the whole differ. A kernel that pays neither 1 % nor
+more than the noise is not needed. The network has as many of the 32 layers as the memory takes.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def start(config: Config) -> tuple[train.Run, train.Batch]:
 
 
 def time_steps(config: Config, operation: str, steps: int) -> dict:
-    """Seconds of a step (the median), tokens/s, MFU and peak memory."""
+    """Seconds of a step (the median) and their spread, tokens/s, MFU and peak memory."""
     # The model before must be gone, and the compiler holds on to it.
     torch.compiler.reset()
     gc.collect()
@@ -72,8 +73,10 @@ def time_steps(config: Config, operation: str, steps: int) -> dict:
             begin = time.perf_counter()
             record = train.train_step(run, batch, 1e-5)  # it waits for the GPU
             times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times[steps // 5 :])  # the first ones compile, and allocate
-    return {"seconds": round(seconds, 5), **train.speed(run, seconds),
+    later = times[steps // 5 :]  # the first one compiles, and allocates
+    seconds = statistics.median(later)
+    return {"seconds": round(seconds, 5), "spread": f"{(max(later) - min(later)) / seconds:.1%}",
+            **train.speed(run, seconds),
             "loss": round(record["loss"], 4), "first_step_s": round(times[0], 1)}
 
 
@@ -81,29 +84,33 @@ def measure(smoke: bool) -> Iterator[dict]:
     small = ["--hidden_size=64", "--intermediate_size=48", "--num_attention_heads=1", "--seq_len=8",
              "--vocab_size=40", "--base_hidden_size=0", "--dtype=float32", "--device=cpu"]
     memory = 0 if smoke else torch.cuda.get_device_properties(0).total_memory
-    layers = 1 if smoke else 32 if memory > 130e9 else 16
-    eager, compiled = {"compile": False}, {"compile": not smoke}
-    plan = [("amber_7b", "triton", eager, ""), ("amber_7b", "torch", eager, ""),
-            ("amber_7b", "torch", compiled, "")]
-    plan += [("amber_7b", "triton", compiled, name) for name in ("", "rope", "swiglu", "rmsnorm")]
-    plan += [("crystal_7b_stage1", "triton", compiled, name) for name in ("", "layernorm")]
-    whole = float("nan")  # seconds of the compiled step with all kernels
-    for network, choice, mode, operation in plan:
-        batch = 1 if smoke else 4
-        config, _ = load([f"configs/{network}.py", *(small if smoke else [])])
-        config = dataclasses.replace(
-            config, kernels=choice, num_hidden_layers=layers, activation_checkpointing="full",
-            global_batch_size=batch, micro_batch_size=batch, **mode)
-        row = {"network": network, "layers": layers, "kernels": choice, "without": operation} | mode
-        try:
-            row |= time_steps(config, operation, steps=1 if smoke else 10)
-            if operation:
-                row["pays"] = f"{row['seconds'] / whole - 1:.1%}"
-            elif choice == "triton":  # the compiled one comes last
-                whole = row["seconds"]
-        except Exception as error:  # the others are to be measured all the same
-            row["failed"] = f"{error!r}"[:300]
-        yield row
+    # 16 bytes of weight, gradient and moments for each of a layer's 202M parameters; 12 GB for
+    # embedding, head and activations.
+    layers = max(1, min(32, int((0.92 * memory - 12e9) / 3.3e9)))
+    for network, others in (("amber_7b", ("rope", "swiglu", "rmsnorm")),
+                            ("crystal_7b_stage1", ("layernorm",))):
+        seconds: dict[str, list[float]] = {}
+        plan = [("triton", True, ""), ("torch", True, ""), *(("triton", True, x) for x in others),
+                ("triton", True, ""), ("triton", False, ""), ("torch", False, "")]
+        for choice, compiled, operation in plan:
+            batch = 1 if smoke else 4
+            config, _ = load([f"configs/{network}.py", *(small if smoke else [])])
+            config = dataclasses.replace(
+                config, kernels=choice, num_hidden_layers=layers, activation_checkpointing="full",
+                global_batch_size=batch, micro_batch_size=batch, compile=compiled and not smoke)
+            row = {"network": network, "layers": layers, "kernels": choice, "without": operation,
+                   "compile": compiled}
+            try:
+                row |= time_steps(config, operation, steps=1 if smoke else 6)
+                if choice == "triton" and compiled:
+                    seconds.setdefault(operation, []).append(row["seconds"])
+            except Exception as error:  # the others are to be measured all the same
+                row["failed"] = f"{error!r}"[:300]
+            yield row
+            if operation == "" and len(whole := seconds.get("", ())) == 2 and compiled:
+                base = statistics.fmean(whole)
+                yield {"network": network, "noise": f"{abs(whole[0] - whole[1]) / base:.1%}",
+                       "pays": {x: f"{seconds[x][0] / base - 1:.1%}" for x in seconds if x}}
 
 
 def main(argv: list[str]) -> None:

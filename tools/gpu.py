@@ -1,14 +1,15 @@
 """Test and time this code on one GPU in nine minutes: make gpu
 
     python tools/gpu.py                  # everything, onto the screen and into gpu_report.json
-    python tools/gpu.py kernels steps    # some of: tests kernels sweep steps runs decode
+    python tools/gpu.py kernels steps    # some of: tests runs kernels steps sweep decode
     python tools/gpu.py --smoke          # tiny shapes on a CPU: does this still run?
 
-Each part is a command with a time limit, and every row is written as it comes. Nothing is
-downloaded; the first part needs pytest, the last transformers.
+Each part is a command with a time limit, the most important first, and every row is written as it
+comes. Nothing is downloaded; the first part needs pytest, the last transformers.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 
 import audit  # noqa: E402
 import prepare_data  # noqa: E402
@@ -30,16 +32,17 @@ from checkpoint import read_manifest, read_metrics  # noqa: E402
 from configs import UserError, run_command  # noqa: E402
 from data import write_json  # noqa: E402
 
-# part -> (most seconds of it, its command)
+# part -> (most seconds of it, its command); 540 seconds in all
 PARTS = {
-    "tests": (120, "-m pytest tests/test_kernels.py -n 8 -p no:cacheprovider"),
-    "kernels": (120, "tools/bench_kernels.py"),
-    "sweep": (60, "tools/bench_kernels.py --sweep"),
-    "steps": (240, "tools/bench_steps.py"),
-    "runs": (150, "tools/gpu.py --runs"),
-    "decode": (60, "tools/bench_memorize.py --config=configs/amber_125m.py --batches=8,40"
-                   " --rounds=2 --device=cuda"),
+    "tests": (85, "-m pytest tests/test_kernels.py -p no:cacheprovider"
+                  + " -n 8" * bool(importlib.util.find_spec("xdist"))),
+    "runs": (120, "tools/gpu.py --runs"),
+    "kernels": (90, "tools/bench_kernels.py"),
+    "steps": (165, "tools/bench_steps.py"),
+    "sweep": (45, "tools/bench_kernels.py --sweep"),
+    "decode": (35, "tools/bench_memorize.py --batches=8,40 --rounds=2 --device=cuda"),
 }
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"  # Triton's own compiler
 SMOKE = {"tests": " -k test_the_choice", "decode": " --sequences=2 --batches=2 --rounds=1"
          " --device=cpu --config=configs/amber_tiny.py"}
 SMALL = ("--hidden_size=64 --intermediate_size=64 --num_hidden_layers=1 --num_attention_heads=1"
@@ -110,7 +113,9 @@ def main(argv: list[str]) -> None:
         return
     if unknown := set(a.parts) - set(PARTS):
         raise UserError(f"There is no part {min(unknown)!r}: choose some of {', '.join(PARTS)}.")
+    ptxas = subprocess.run([PTXAS, "--version"], capture_output=True, text=True).stdout.split()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+                              "triton": triton.__version__, "ptxas": ptxas[-1:],
                               "card": "CPU" if a.smoke else torch.cuda.get_device_name()}
     print(report)
     deadline = time.monotonic() + 9 * 60
