@@ -611,7 +611,7 @@ def replay_chunk(config: Config, after: Path, home: Path) -> str:
         # the order of sums, and so the last bits.
         if first < step <= last:
             train.train(replace(own, run_dir=str(home), threads=environment["threads"],
-                                max_steps=step, save_minutes=0.0, keep_train_state=0,
+                                max_steps=step, sample_tokens=0, save_minutes=0.0,
                                 init_from=origin and (config.init_from or origin["path"]) or ""))
     if not again.exists():
         raise UserError(f"{after} was not reached: step {last} is not the end of a chunk, or the"
