@@ -158,6 +158,7 @@ def build_run(a: Audit) -> train.Run:
     before the checkpoints, if they can be made."""
     config = replace(a.config, compile=False)
     device, dtype = parallel.choose_device(config)
+    train.kernels.use(config.kernels)
     model = parallel.build_model(config, device, dtype, None)
     run = train.Run(config, a.data, a.data.schedule(config), model, [], device)
     manifest = next((point.manifest for point in a.points if point.manifest), None)

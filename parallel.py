@@ -198,7 +198,6 @@ def build_device_mesh(config: Config, device_type: str) -> DeviceMesh | None:
 def build_model(config: Config, device: torch.device, dtype: torch.dtype,
                 mesh: DeviceMesh | None) -> LLaMA:
     """The model, sharded over a mesh of processes if there is one; no values in its weights yet."""
-    kernels.use(config.kernels)
     # What is to be sharded is made on the meta device and only then given memory: no process ever
     # holds more than its share.
     with torch.device("meta" if mesh else device):

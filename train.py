@@ -86,8 +86,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    config, _ = load(argv)
-    train(config, " ".join(["python train.py", *argv]))
+    train(load(argv)[0], " ".join(["python train.py", *argv]))
 
 
 def train(config: Config, command: str = "the same command") -> None:
@@ -391,6 +390,7 @@ def start(config: Config) -> Run:
     micro_batches(config, world_size())  # refused before anything is built
     data = data_for(config)
     device, dtype = parallel.choose_device(config)
+    kernels.use(config.kernels)
     # Weights, gradients and two moments, four bytes each; tools/dry_run.py tells what else.
     n_bytes = 16 * meta_model(config).n_params / parallel.shard_size(config, world_size())
     parallel.check_memory(n_bytes, "weights, gradients and AdamW's moments", device)

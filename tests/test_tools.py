@@ -15,12 +15,13 @@ from test_train import home as mini
 from test_train import straight
 
 import eval as evaluation
+import kernels
 import memorize
 import train
 from checkpoint import read_records, write_records
 from configs import UserError, load
 from data import load_data, read_json, write_json
-from tools import bands, check, compare, report
+from tools import bands, check, compare, dry_run, report
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,12 @@ def test_the_questions_of_the_course(home: Path, tmp_path: Path, monkeypatch: py
         assert capsys.readouterr().out.endswith("Right.\n")
         with pytest.raises(UserError, match="Not yet"):
             check.main([str(n), mine, f"--answer=7{answer.lstrip('-')}"])
+
+
+def test_a_dry_run_is_of_the_kernels_of_a_gpu(capsys: pytest.CaptureFixture,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple] = []
+    monkeypatch.setattr(kernels, "use", lambda backend, dry=False: used.append((backend, dry)))
+    dry_run.main([str(ROOT / "configs/exam_tiny.py"), "--world_size=2",
+                  "--micro_batch_size=8"])
+    assert used == [("triton", True)] and "This fits 80 GB" in capsys.readouterr().out
