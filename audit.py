@@ -28,7 +28,7 @@ import memorize
 import parallel
 import train
 from configs import PLACE, Config, UserError, load, progress, run_command, with_recorded
-from data import Data, Visit, load_data, read_json, remove, step_sequences, step_to_visit
+from data import Data, Visit, load_data, read_json, remove, step_sequences
 from eval import validate
 from parallel import all_gather_object, on_rank_zero, rank, world_size
 
@@ -237,8 +237,7 @@ def check_files(a: Audit) -> None:
         point.row["files"] = "damaged" if any(problems) else "ok" if m else "no manifest"
         a.findings += [f"files: {point.path}: {problem}." for problem in problems if problem]
     if not a.settings:
-        a.notes.append("Nothing records this run: no log and no hash was compared.")
-        return
+        return a.notes.append("Nothing records this run: no log and no hash was compared.")
     for (_, old), (step, new) in pairwise(a.settings.items()):
         if changes := differences(old, new):
             a.notes.append(f"The settings were changed by step {step}: {changes}.")
@@ -338,9 +337,8 @@ def check_twins(a: Audit, points: list[Point], hashes: dict[str, list[str]]) -> 
 def check_path(a: Audit, points: list[Point], moves: dict[str, np.ndarray]) -> None:
     """A checkpoint lies between its neighbours, as far from them as its learning rates explain, and
     weights shrink by no more than their decay. moves: `displacements` by tensor."""
-    # The cosine between the displacement to a checkpoint and the one on from it is 0 if they are
-    # independent, and positive if they share a direction. For a checkpoint of another run the two
-    # are nearly opposite: -0.5 or less. The standard deviation by chance is 1 / sqrt(size).
+    # The cosine between the displacement to a checkpoint and the one on from it is 0 or more; for a
+    # checkpoint of another run -0.5 or less. Its standard deviation by chance is 1 / sqrt(size).
     limit = -0.4 - 2 / math.sqrt(a.config.hidden_size)
     total, path = sum(moves.values()), [*range(len(points))]
     for point, cosine in zip(points[1:-1], cosines(total, path)):
@@ -438,17 +436,16 @@ def measure_figures(a: Audit, run: train.Run, point: Point, flags: Flags) -> lis
     """What the log has of the weights in run.model: loss and gradient norm of the next step, and
     the validation at their own. (kind, relative difference, sentence) for each."""
     figures, step, size = [], point.last_step, a.config.global_batch_size
-    line, c = a.metrics.get(step + 1, {}), point.config
+    metrics, c = a.metrics if point.manifest else {}, point.config  # the log of this run alone
+    line = metrics.get(step + 1, {})
     if "loss" in line and size <= flags.sequences:
-        visit, i = step_to_visit(run.schedule, step)
-        numbers = step_sequences(c.seed, visit.chunk, len(a.data.chunk(visit.chunk)), i, size,
-                                 visit.epoch)
-        batch = train.Batch(visit, numbers, a.data.take(visit.chunk, numbers))
+        batch = train.load_batch(run, step, whole=True)
         loss = float(train.compute_gradients(run, batch).double().mean())
+        norm = float(train.clip_gradients(run))
         figures = [("loss", step + 1, loss, line["loss"]),
-                   ("grad_norm", step + 1, float(train.clip_gradients(run)), line["grad_norm"])]
+                   ("grad_norm", step + 1, norm, line.get("grad_norm"))]
         run.model.zero_grad(set_to_none=True)
-    if recorded := a.metrics.get(step, {}).get("valid"):
+    if recorded := metrics.get(step, {}).get("valid"):
         valid = validate(run.model, a.data, c.eval_sequences, c.micro_batch_size)
         figures += [("valid", step, valid[name]["loss"], recorded.get(name, {}).get("loss"))
                     for name in valid]
@@ -573,6 +570,7 @@ def replay(config: Config, which: str) -> list[str]:
     those that come out the same; returns what differs."""
     parallel.init_distributed(config)
     findings, home = [], Path(config.run_dir, "replay.tmp")  # a run of its own, next to the weights
+    on_rank_zero(lambda: remove(home))  # somebody could have put checkpoints there
     for path in ckpt.select_checkpoints(config.run_dir, which):
         try:
             sentence = replay_chunk(config, path, home)
@@ -581,6 +579,8 @@ def replay(config: Config, which: str) -> list[str]:
         except UserError as problem:  # the others are still tried
             findings.append(f"replay: {problem}")
             on_rank_zero(lambda: remove(home))  # what it has made leads to nothing
+            if train.SIGNALS:
+                break
     on_rank_zero(lambda: remove(home))
     return findings
 
@@ -600,17 +600,16 @@ def replay_chunk(config: Config, after: Path, home: Path) -> str:
         if path.name.startswith("ckpt_") and step < last:
             first, before = step, path
     older = ckpt.list_checkpoints(home)
-    if before and not (older and ckpt.read_manifest(older[-1])["step"] == first):
-        if problem := on_rank_zero(lambda: ckpt.verify_checkpoint(before, train_state=True)):
+    if [ckpt.read_manifest(path)["step"] for path in older[-1:]] != ([first] if before else []):
+        problem = before and on_rank_zero(lambda: ckpt.verify_checkpoint(before, train_state=True))
+        if problem:
             raise UserError(f"{after} cannot be replayed from {before}: {problem}."
                             " (keep_train_state = 0 keeps it; --replay=all goes on with its own.)")
         on_rank_zero(lambda: remove(home) or home.mkdir()
-                     or (home / before.name).symlink_to(before.absolute()))
+                     or before and (home / before.name).symlink_to(before.absolute()))
     origin, environment = manifest["started_from"], manifest["environment"]
     for step, own in list_settings(config).items():
-        # Several, if it was resumed with others within the chunk. The number of threads decides
-        # the order of sums, and so the last bits.
-        if first < step <= last:
+        if first < step <= last:  # several, if it was resumed with others within the chunk
             train.train(replace(own, run_dir=str(home), threads=environment["threads"],
                                 max_steps=step, sample_tokens=0, save_minutes=0.0,
                                 init_from=origin and (config.init_from or origin["path"]) or ""))
@@ -631,7 +630,7 @@ def replay_chunk(config: Config, after: Path, home: Path) -> str:
             differing.append(f"step {step} of metrics.jsonl")
     made = f"steps {first + 1} to {last} make of {before or 'the initial weights'}"
     if not differing:
-        on_rank_zero(lambda: [remove(path) for path in older])  # a 7B's takes 81 GB
+        on_rank_zero(lambda: [remove(path) for path in older if path != again])  # 81 GB of a 7B
         return f"{after} is what {made}: {len(theirs)} tensors and the log, bit for bit."
     # Another version of PyTorch or number of threads changes the last bits of an honest run too.
     made_now = ckpt.read_manifest(again)

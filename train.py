@@ -209,8 +209,8 @@ class Batch(NamedTuple):
     sequences: np.ndarray  # (n,) of [source, number, token_ids (T + 1,)], this process's share
 
 
-def load_batch(run: Run, step: int) -> Batch:
-    """Read the sequences of step `step` (from 0): the same whatever the number of processes."""
+def load_batch(run: Run, step: int, whole: bool = False) -> Batch:
+    """This process's share of step `step` (from 0), or the `whole`: the same for any processes."""
     c = run.config
     visit, step_in_chunk = step_to_visit(run.schedule, step)
     n = len(run.data.chunk(visit.chunk))
@@ -218,8 +218,9 @@ def load_batch(run: Run, step: int) -> Batch:
                              visit.epoch)
     # The micro-batches are the same for any number of processes: process r of N computes the
     # micro-batches r, N + r, 2N + r, ...
-    mine = numbers.reshape(-1, world_size(), c.micro_batch_size)[:, rank()].reshape(-1)
-    # Only these are read from the disk.
+    mine = numbers
+    if not whole:
+        mine = numbers.reshape(-1, world_size(), c.micro_batch_size)[:, rank()].reshape(-1)
     return Batch(visit, numbers, run.data.take(visit.chunk, mine))
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ import checkpoint as ckpt
 import prepare_data
 import train
 from configs import UserError, load
-from data import read_json, sha256_file, sha256_json, write_json
+from data import load_data, read_json, sha256_file, sha256_json, write_json
 from tools import corpus, forge
 
 
@@ -257,3 +258,18 @@ def test_replay(exam: Path, copy: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1 differ, lm_head.weight.exp_avg" in findings(exam, copy, replay=4)[0]
     with pytest.raises(UserError, match="There is no checkpoint .*ckpt_007"):
         audit.main(words(exam, replay=7))
+
+
+def test_a_replay_trains_whatever_lies_there(exam: Path, copy: Path) -> None:
+    """A forged checkpoint, and the same in the place where a replay works."""
+    tensors = {name: t * 1.01 for name, t in ckpt.read_tensors(copy / "run/ckpt_000")}
+    ckpt.write_safetensors(copy / "run/ckpt_000/model.safetensors", [*tensors.items()])
+    x = SimpleNamespace(data=load_data(copy / "data"), claims={
+        path: ckpt.read_manifest(path) for path in ckpt.list_checkpoints(copy / "run")})
+    forge.write_manifests(x)
+    shutil.copytree(copy / "run", copy / "aside")
+    (copy / "aside").rename(copy / "run/replay.tmp")
+    [found] = findings(exam, copy, replay="0")
+    assert "ckpt_000 or its log is not what steps 1 to 20 make" in found
+    change_log(copy / "run", 1, grad_norm=None)
+    assert any("ties: start: " in each for each in findings(exam, copy))
